@@ -1,0 +1,51 @@
+"""From a recipe to the quantizers of weights and activations: which estimator, on which grid, with which constants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from fxquant.errors import FxquantError
+from fxquant.placement import LayerPlan, TensorPlan
+from fxquant.quantizers import HistogramObserver, QuantSpec, UniformQuantizer, activation_quantizer, weight_quantizer
+from fxquant.quantizers.layers import weight_spec
+from fxquant.recipe import Recipe
+
+
+def weight_quantizers(recipe: Recipe) -> Callable[[LayerPlan, nn.Module], UniformQuantizer]:
+    """Return what makes the quantizer of a layer's weight: one scale and zero-point an output channel."""
+
+    def make(plan: LayerPlan, layer: nn.Module) -> UniformQuantizer:
+        assert plan.w is not None and isinstance(layer.weight, Tensor)
+        spec = weight_spec(layer, plan.w, recipe.weight_symmetric)
+        with _named(plan.name):
+            return weight_quantizer(layer.weight, spec, recipe.weight_range, p=recipe.weight_p, percentile=recipe.percentile)
+
+    return make
+
+
+def activation_quantizers(recipe: Recipe) -> Callable[[TensorPlan, HistogramObserver], UniformQuantizer]:
+    """Return what makes the quantizer of a tensor from what its observer saw: one scale and zero-point a tensor."""
+
+    def make(plan: TensorPlan, observer: HistogramObserver) -> UniformQuantizer:
+        signed = recipe.activation_symmetric and observer.seen and bool(observer.low < 0)
+        spec = QuantSpec(plan.bits, signed=signed, symmetric=recipe.activation_symmetric)
+        with _named(plan.node):
+            return activation_quantizer(observer, spec, recipe.activation_range, p=recipe.activation_p, percentile=recipe.percentile)
+
+    return make
+
+
+class _named:
+    """Put the layer in front of an error that does not know where it is."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, FxquantError) and error.where is None:
+            raise type(error)(error.problem, where=self.name, fix=error.fix) from error

@@ -1,0 +1,44 @@
+"""What a user sees while a run goes on: a line a pass, a bar a long stage; nothing at all when told to be quiet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fxquant.pipeline import PassLog
+
+T = TypeVar("T")
+
+
+class Narrator:
+    """Prints lines and bars to stderr, or nothing.
+
+    Args:
+        progress: False for silence.
+    """
+
+    def __init__(self, progress: bool = True):
+        self.progress = progress
+        self.console = Console(stderr=True, quiet=not progress, highlight=False, soft_wrap=True)
+
+    def passed(self, log: PassLog) -> None:
+        """Print what a pass did."""
+        self.console.print(str(log), markup=False)
+        for note in log.notes:
+            self.console.print(f"    {note}", style="dim", markup=False)
+
+    def line(self, stage: str, text: str) -> None:
+        """Print what a stage found."""
+        self.console.print(f"{stage:24s}{text}", markup=False)
+
+    def bar(self, items: Iterable[T], stage: str) -> Iterator[T]:
+        """Yield `items` behind a bar with the time left; the bar goes away when it is full."""
+        if not self.progress:
+            yield from items
+            return
+        columns = (TextColumn("{task.description:24s}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            yield from bar.track(items, total=len(items) if isinstance(items, Sized) else None, description=stage)

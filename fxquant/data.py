@@ -1,0 +1,156 @@
+"""Calibration images: from whatever the loader yields to checked float batches, and to fresh views of the same images."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxquant.errors import CalibrationError, listed
+
+IMAGE_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x", "data")
+"""Keys under which the images of a dict batch are looked for, in this order."""
+
+
+def collect(loader: Iterable[Any], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Return the image batches of `loader`, on the CPU, checked.
+
+    Args:
+        loader: an iterable of batches. A batch is a tensor ``[N, C, H, W]``, a tuple or list that begins with one, or a dict that holds one
+            under a key of `IMAGE_KEYS`.
+        dtype: the floating point type of the network; float32 and float64 images are converted to it.
+
+    Raises:
+        CalibrationError: no batch at all, a batch that holds no images, images of another shape or type than expected, NaN or Inf; the
+            message names the batch and the image.
+    """
+    if isinstance(loader, Tensor):
+        raise CalibrationError("is one tensor, not an iterable of batches", where="calib_loader", fix="Write [images] for a single batch")
+    if not isinstance(loader, Iterable):
+        raise CalibrationError(
+            f"is a {type(loader).__name__}, not an iterable of batches", where="calib_loader", fix="Pass a DataLoader or a list of tensors"
+        )
+    batches: list[Tensor] = []
+    for index, batch in enumerate(loader):
+        images = _images(batch, index)
+        _check(images, index, batches[0] if batches else None)
+        batches.append(images.detach().to("cpu", dtype))
+    if not batches:
+        raise CalibrationError(
+            "yields no batch",
+            where="calib_loader",
+            fix="Check its data set; an iterator that was read before is empty, so pass the DataLoader",
+        )
+    return batches
+
+
+def _images(batch: Any, index: int) -> Tensor:
+    where = f"batch {index}"
+    if isinstance(batch, tuple | list):
+        if not batch:
+            raise CalibrationError("is empty", where=where, fix="Yield (images, ...) or images")
+        batch = batch[0]
+    if isinstance(batch, Mapping):
+        key = next((key for key in IMAGE_KEYS if key in batch), None)
+        if key is None:
+            raise CalibrationError(
+                f"is a dict with the keys {listed(batch)}", where=where, fix=f"Put the images under one of {listed(IMAGE_KEYS)}"
+            )
+        batch = batch[key]
+    if not isinstance(batch, Tensor):
+        raise CalibrationError(f"holds a {type(batch).__name__}, not a tensor of images", where=where, fix="Yield tensors [N, C, H, W]")
+    return batch
+
+
+def _check(images: Tensor, index: int, first: Tensor | None) -> None:
+    where = f"batch {index}"
+    if images.ndim != 4 or 0 in images.shape:
+        hint = "Add the batch axis with images[None]" if images.ndim == 3 else "Yield at least one image a batch"
+        raise CalibrationError(f"has shape {list(images.shape)}, expected [N, C, H, W]", where=where, fix=hint)
+    if images.dtype not in (torch.float32, torch.float64):
+        hint = "Convert with images.float()" if images.is_floating_point() else "Scale to floats and normalize as in training"
+        raise CalibrationError(f"has type {str(images.dtype).removeprefix('torch.')}, expected float32", where=where, fix=hint)
+    if first is not None and images.shape[1:] != first.shape[1:]:
+        raise CalibrationError(
+            f"has images of shape {list(images.shape[1:])}, batch 0 has {list(first.shape[1:])}", where=where, fix="Resize all images alike"
+        )
+    bad = ~torch.isfinite(images).flatten(1).all(1)
+    if bad.any():
+        which = int(bad.nonzero()[0])
+        what = "NaN" if images[which].isnan().any() else "Inf"
+        raise CalibrationError(f"image {which} holds {what}", where=where, fix="Drop or repair it; a std of 0 in Normalize does this")
+
+
+def rebatch(batches: list[Tensor], size: int = 64) -> list[Tensor]:
+    """Return the same images in the same order in batches of `size` (the last one may be smaller)."""
+    return list(torch.cat(batches).split(size))
+
+
+def fresh_views(loader: Iterable[Any], batches: list[Tensor], views: int, augment: str, seed: int) -> tuple[list[Tensor], Tensor, str]:
+    """Return views of the calibration images that no range was chosen on.
+
+    A loader with randomness of its own (its second pass gives images the first did not) is passed over `views` times. Otherwise images
+    are shifted (reflected at the border, by up to an eighth of the size) and, with ``"crop+flip"``, mirrored.
+
+    Returns:
+        batches; the source image of each view, ``[N * views]`` int64 (views of one image must not be split over folds; for a random
+        loader each view is its own group unless the order is known to repeat); and how the views were made, for the report.
+    """
+    count = sum(len(batch) for batch in batches)
+    if views > 0 and _is_random(loader, batches):
+        passes = [collect(loader, batches[0].dtype) for _ in range(views)]
+        if all(sum(map(len, batch)) == count for batch in passes):
+            return rebatch([b for batch in passes for b in batch]), torch.arange(count).repeat(views), f"{views} passes of the loader"
+    if augment == "none":
+        return rebatch(batches), torch.arange(count), "the calibration images themselves"
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.cat(batches)
+    made = [_shifted(images, augment == "crop+flip", generator) for _ in range(views)]
+    return rebatch(made), torch.arange(count).repeat(views), f"{views} {'shifted and mirrored' if 'flip' in augment else 'shifted'} views"
+
+
+def _shifted(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+    height, width = images.shape[2:]
+    reach = max(height // 8, 1), max(width // 8, 1)
+    mode = "reflect" if reach[0] < height and reach[1] < width else "replicate"
+    padded = F.pad(images, (reach[1], reach[1], reach[0], reach[0]), mode=mode)
+    tops = torch.randint(0, 2 * reach[0] + 1, (len(images),), generator=generator).tolist()
+    lefts = torch.randint(0, 2 * reach[1] + 1, (len(images),), generator=generator).tolist()
+    mirrored = (torch.rand(len(images), generator=generator) < 0.5).tolist()
+    views = [image[:, top : top + height, left : left + width] for image, top, left in zip(padded, tops, lefts, strict=True)]
+    return torch.stack([view.flip(2) if flip and mirror else view for view, mirror in zip(views, mirrored, strict=True)])
+
+
+def _is_random(loader: Iterable[Any], batches: list[Tensor]) -> bool:
+    """Say whether another pass of `loader` shows images that the first did not (shuffling alone does not count)."""
+    if iter(loader) is loader:
+        return False
+    known = {image.numpy().tobytes() for image in torch.cat(batches)}
+    again = next(iter(loader), None)
+    return again is not None and any(
+        image.numpy().tobytes() not in known for image in _images(again, 0).detach().to("cpu", batches[0].dtype)
+    )
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of torch, numpy and Python inside the block, and put their states back behind it.
+
+    Everything inside fxquant draws from generators of its own; this is for the loader, whose shuffling and augmentation do not.
+    """
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)

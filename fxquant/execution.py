@@ -1,0 +1,88 @@
+"""Run a graph over the calibration images one node at a time: every value is computed once, and dropped behind its last reader.
+
+    images -> node 1 -> node 2 -> ...        each over *all* batches before the next one starts
+
+So a pass can change a layer on the way, and everything behind it sees the change, at the price of one forward pass in total.
+(Empirical bias correction done layer by layer from the image costs a forward pass a layer.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
+
+from fxquant.kinds import kind
+
+Values = list[Any]
+"""The value of one node, batch by batch."""
+
+
+def sweep(gm: GraphModule, batches: Sequence[Tensor]) -> Iterator[tuple[Node, Values]]:
+    """Run `gm` over `batches` node by node, without gradients, and yield each node with its values.
+
+    What the caller writes into the list of values is what later nodes read; a module may be replaced before its node is reached. Two
+    sweeps over graphs with the same layers can go side by side.
+
+    Args:
+        gm: a graph with one input.
+        batches: images ``[N, C, H, W]``, on the device of `gm`.
+    """
+    drops: dict[Node, list[Node]] = {}
+    for parent, reader in last_readers(gm).items():
+        drops.setdefault(reader, []).append(parent)
+    interpreter = Interpreter(gm)
+    values: dict[Node, Values] = {}
+    for node in gm.graph.nodes:
+        with torch.no_grad():
+            values[node] = [_run(interpreter, node, values, index, batch) for index, batch in enumerate(batches)]
+        yield node, values[node]
+        for parent in drops.get(node, []):
+            del values[parent]
+        if not node.users:
+            del values[node]
+
+
+def last_readers(gm: GraphModule) -> dict[Node, Node]:
+    """Return the node behind which each value is not needed any more."""
+    return {parent: node for node in gm.graph.nodes for parent in node.all_input_nodes}
+
+
+def _run(interpreter: Interpreter, node: Node, values: dict[Node, Values], index: int, batch: Tensor) -> Any:
+    if node.op == "placeholder":
+        return batch
+    args = map_arg(node.args, lambda parent: values[parent][index])
+    kwargs = map_arg(node.kwargs, lambda parent: values[parent][index])
+    return getattr(interpreter, node.op)(node.target, args, kwargs)
+
+
+def peak_bytes(gm: GraphModule) -> float:
+    """Return the most bytes of activations per image that `sweep` holds at once, from the traced shapes."""
+    last = last_readers(gm)
+    live = peak = 0.0
+    for node in gm.graph.nodes:
+        live += bytes_per_image(node)
+        peak = max(peak, live)
+        live -= sum(bytes_per_image(parent) for parent in node.all_input_nodes if last[parent] is node)
+    return peak
+
+
+def bytes_per_image(node: Node) -> float:
+    """Return the bytes that the traced value of `node` takes for one image (0 for views, sizes and constants).
+
+    Sizes that depend on the batch (windows of an image counted into the batch axis) are taken in proportion to it.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or kind(node) in ("constant", "view", "getitem"):
+        return 0
+    image = next(other for other in node.graph.nodes if other.op == "placeholder").meta["val"]
+    return value.element_size() * math.prod(_hint(size) for size in value.shape) / _hint(image.shape[0])
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else size.node.hint

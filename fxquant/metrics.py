@@ -1,0 +1,37 @@
+"""The few numbers everything is judged by: KL, agreement and top-1 on logits, signal-to-noise on tensors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return KL(softmax(teacher) || softmax(student)) per image, in nats.
+
+    Args:
+        student: logits ``[N, C]`` of the quantized network.
+        teacher: logits ``[N, C]`` of the float network.
+
+    Returns:
+        ``[N]``, non-negative, 0 where both softmaxes are equal.
+    """
+    log_p, log_q = F.log_softmax(teacher, 1), F.log_softmax(student, 1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+
+def agreement(student: Tensor, teacher: Tensor) -> float:
+    """Return the share of images, in percent, on which the arg-max of both logits ``[N, C]`` is the same."""
+    return 100 * (student.argmax(1) == teacher.argmax(1)).double().mean().item()
+
+
+def top1(logits: Tensor, labels: Tensor) -> float:
+    """Return the share of images, in percent, whose arg-max over logits ``[N, C]`` is the label ``[N]``."""
+    return 100 * (logits.argmax(1) == labels).double().mean().item()
+
+
+def sqnr(signal: Tensor, approximation: Tensor) -> float:
+    """Return the signal-to-quantization-noise ratio ``10 log10(|x|^2 / |x - y|^2)`` in dB; ``inf`` where both are equal."""
+    noise = (signal.double() - approximation.double()).square().sum()
+    return (10 * torch.log10(signal.double().square().sum() / noise)).item() if noise > 0 else float("inf")

@@ -1,0 +1,254 @@
+"""Where quantizers go, and with how many bits: one quantizer per tensor, found on the graph.
+
+A *quantized op* is a convolution, a linear layer or a matmul. Each of its operands is traced up through operations that only move values
+(views, padding, max pooling, global average pooling) to the operation that made it; behind that one sits the quantizer, and every reader,
+residual branches too, reads the quantized value:
+
+    conv1 -> bn -> relu -[q]-+-> conv2 -> bn -> add -> relu -[q]-> pool -> fc
+                             '--------------------^
+
+The network's input is not quantized, nor is its output, a bias, or a sum that only feeds another sum.
+On ResNet, MobileNetV2, RegNetX and MNasNet this is the placement of PD-Quant, QDrop and BRECQ.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from fxquant.errors import ConfigError, ModelError, listed, one_of
+from fxquant.graph import is_tensor
+from fxquant.kinds import QUANTIZED, WEIGHTED, kind
+
+EDGES = {
+    "8bit": "first and last weights and the last layer's input at 8 bits",
+    "brecq": "first and last weights, the last layer's input and the first layer's output at 8 bits",
+    "same": "first and last layers like all others",
+    "float": "first and last layers not quantized",
+}
+
+_MOVES_VALUES = {"view", "getitem", "pad", "max_pool"}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One quantized op: `w` bits of its weight (None: float, or no weight), `a` bits of what it reads, and its place in the network."""
+
+    name: str
+    kind: str
+    w: int | None
+    a: int | None
+    edge: str = ""
+    """``"first"``, ``"last"``, ``"first, last"`` or nothing."""
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One quantized tensor: the node that makes it, its bits and the layers that read it."""
+
+    node: str
+    bits: int
+    readers: tuple[str, ...]
+
+
+@dataclass
+class Plan:
+    """All layers and tensors to quantize, by name; survives a round trip through JSON."""
+
+    layers: dict[str, LayerPlan] = field(default_factory=dict)
+    tensors: dict[str, TensorPlan] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON-able lists."""
+        return {"layers": [asdict(layer) for layer in self.layers.values()], "tensors": [asdict(t) for t in self.tensors.values()]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Return the plan that `to_dict` wrote."""
+        layers = {layer["name"]: LayerPlan(**layer) for layer in data["layers"]}
+        tensors = {t["node"]: TensorPlan(t["node"], t["bits"], tuple(t["readers"])) for t in data["tensors"]}
+        return cls(layers, tensors)
+
+
+def place(
+    gm: GraphModule,
+    w: int | None,
+    a: int | None,
+    edges: str = "8bit",
+    overrides: Mapping[str, Mapping[str, int | None]] | None = None,
+) -> Plan:
+    """Return which weights and tensors of the folded graph `gm` are quantized, with how many bits.
+
+    Args:
+        gm: a traced graph whose nodes carry ``meta["val"]``.
+        w: bits of weights, 2 to 8; None leaves them float.
+        a: bits of activations, 2 to 8; None leaves them float.
+        edges: the rule for first and last layers, a key of `EDGES`.
+        overrides: ``{glob over layer names: {"w": bits, "a": bits}}``; later globs win over earlier ones, all win over `edges`.
+            ``"a"`` is the precision of what the layer *reads*; a tensor with several readers gets the most bits that one of them asks for.
+
+    Raises:
+        ConfigError: bits outside 2 to 8, an unknown edge rule, a glob that matches no layer.
+        ModelError: nothing to quantize.
+    """
+    check_bits("w", w)
+    check_bits("a", a)
+    if edges not in EDGES:
+        raise ConfigError(f"{edges!r} is no rule", where="edges", fix=one_of(edges, EDGES))
+    ops = {layer_name(node): node for node in gm.graph.nodes if _is_quantized_op(node)}
+    if not any(kind(node) in WEIGHTED for node in ops.values()):
+        raise ModelError(
+            "has no convolution or linear layer with stored weights, so there is nothing to quantize",
+            where=type(gm).__name__,
+            fix="Check fxquant.trace(model, example).print_readable(); modules named in leaf_modules stay opaque",
+        )
+    first, last = _edges(gm)
+    plan = Plan()
+    bits = {name: _bits_of(node, w, a, edges, node in first, node in last) for name, node in ops.items()}
+    for name, changes in _matched(overrides or {}, list(ops)):
+        bits[name] = {**bits[name], **changes}
+    for name, node in ops.items():
+        has_weight = kind(node) in WEIGHTED
+        edge = ", ".join(word for word, members in (("first", first), ("last", last)) if node in members)
+        plan.layers[name] = LayerPlan(name, kind(node), bits[name]["w"] if has_weight else None, bits[name]["a"], edge)
+    _place_tensors(plan, ops, first if edges == "brecq" else set())
+    return plan
+
+
+def layer_name(node: Node) -> str:
+    """Return the name of a quantized op: the module path of a layer, the node name of a functional op."""
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def operands(node: Node) -> list[Node]:
+    """Return the nodes whose values a quantized op multiplies (not its weight, bias or mask)."""
+    count = {"matmul": 2, "attention": 3}.get(kind(node), 1)
+    given = [*node.args, *node.kwargs.values()][:count]
+    return [operand for operand in given if isinstance(operand, Node)]
+
+
+def source(node: Node) -> Node:
+    """Return the node that made the values of `node`: up through views, padding, max pooling and global average pooling."""
+    while _moves_values(node):
+        parent = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+        if not isinstance(parent, Node) or not (is_tensor(parent) or _moves_values(parent)):
+            return node
+        node = parent
+    return node
+
+
+def _moves_values(node: Node) -> bool:
+    word = kind(node)
+    if word in ("avg_pool", "mean"):
+        return _is_global_pool(node)
+    if word == "interpolate":
+        return "nearest" in repr((node.args, node.kwargs))
+    return word in _MOVES_VALUES
+
+
+def _is_global_pool(node: Node) -> bool:
+    """A pool of a whole map leaves one value a channel (or token): the published placements quantize in front of it."""
+    parent = node.args[0]
+    if not isinstance(parent, Node) or not is_tensor(node) or not is_tensor(parent):
+        return False
+    before, after = parent.meta["val"], node.meta["val"]
+    return before.ndim >= 3 and (after.ndim < before.ndim or all(size == 1 for size in after.shape[2:]))
+
+
+def _is_quantized_op(node: Node) -> bool:
+    return kind(node) in QUANTIZED and (node.op == "call_module" or kind(node) not in WEIGHTED)
+
+
+def _place_tensors(plan: Plan, ops: Mapping[str, Node], stem: set[Node]) -> None:
+    wanted: dict[Node, dict[str, int]] = {}
+    for name, node in ops.items():
+        bits = plan.layers[name].a
+        for operand in operands(node):
+            made_by = source(operand)
+            if kind(made_by) in ("input", "constant") or not is_tensor(made_by) or not made_by.meta["val"].is_floating_point():
+                continue
+            if bits is not None:
+                wanted.setdefault(made_by, {})[name] = 8 if stem and _nearest_weights(made_by) <= stem else bits
+    order = {node: place for place, node in enumerate(next(iter(ops.values())).graph.nodes)} if ops else {}
+    for node in sorted(wanted, key=order.__getitem__):
+        plan.tensors[node.name] = TensorPlan(node.name, max(wanted[node].values()), tuple(wanted[node]))
+
+
+def _nearest_weights(node: Node) -> set[Node]:
+    """Return the quantized ops that `node` is computed from without another one between."""
+    found, todo, seen = set(), [node], set()
+    while todo:
+        current = todo.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if _is_quantized_op(current):
+            found.add(current)
+        else:
+            todo += current.all_input_nodes
+    return found
+
+
+def _edges(gm: GraphModule) -> tuple[set[Node], set[Node]]:
+    """Return the first weighted ops (none before them) and the last (no quantized op behind them)."""
+    first, last = set(), set()
+    behind: set[Node] = set()
+    for node in gm.graph.nodes:
+        reads_layer = any(parent in behind for parent in node.all_input_nodes)
+        weighted = _is_quantized_op(node) and kind(node) in WEIGHTED
+        if weighted and not reads_layer:
+            first.add(node)
+        if reads_layer or weighted:
+            behind.add(node)
+    before: set[Node] = set()
+    for node in reversed(gm.graph.nodes):
+        feeds_layer = any(user in before for user in node.users)
+        if _is_quantized_op(node):
+            if kind(node) in WEIGHTED and not feeds_layer:
+                last.add(node)
+            before.add(node)
+        elif feeds_layer:
+            before.add(node)
+    return first, last
+
+
+def _bits_of(node: Node, w: int | None, a: int | None, edges: str, first: bool, last: bool) -> dict[str, int | None]:
+    bits = {"w": w, "a": a}
+    if edges == "float" and (first or last):
+        return {"w": None, "a": None}
+    if edges in ("8bit", "brecq") and (first or last):
+        bits["w"] = None if w is None else 8
+        if last:
+            bits["a"] = None if a is None else 8
+    return bits
+
+
+def _matched(overrides: Mapping[str, Mapping[str, int | None]], names: list[str]) -> Iterable[tuple[str, dict[str, int | None]]]:
+    for glob, changes in overrides.items():
+        where = f"overrides[{glob!r}]"
+        if not isinstance(changes, Mapping) or not set(changes) <= {"w", "a"}:
+            raise ConfigError(f"{changes!r} is not a dict with the keys 'w' and 'a'", where=where, fix="Write for example {'w': 4, 'a': 8}")
+        for key, value in changes.items():
+            check_bits(f"{where}[{key!r}]", value)
+        found = [name for name in names if fnmatchcase(name, glob)]
+        if not found:
+            raise ConfigError("matches no layer", where=where, fix=_suggest(glob, names))
+        for name in found:
+            yield name, dict(changes)
+
+
+def _suggest(glob: str, names: list[str]) -> str:
+    prefixes = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 1)}
+    near = difflib.get_close_matches(glob.rstrip(".*"), [*names, *sorted(prefixes)], n=1, cutoff=0.3)
+    hint = f"Did you mean {near[0] + '.*' if near[0] in prefixes else near[0]!r}? " if near else ""
+    return f"{hint}Layers are named {listed(names[:4])}{', ...' if len(names) > 4 else ''}"
+
+
+def check_bits(where: str, bits: object) -> None:
+    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8):
+        raise ConfigError(f"{bits!r} bits are not supported", where=where, fix="Use a whole number from 2 to 8, or None for float")

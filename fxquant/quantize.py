@@ -1,0 +1,114 @@
+"""The whole story on one page: trace, prepare, choose ranges, correct biases, freeze, correct logits.
+
+model ──trace──> graph ──PREPARE──> teacher (float, folded)
+                                       │  place: one quantizer a tensor, bits by `edges` and `overrides`
+                                       ├──InsertObservers──images──InsertFakeQuant──> student
+                                       │                       (learned rounding of units and of the network goes here)
+                                       ├──CorrectBias──Freeze
+                                       └──logits of fresh views──select CAT──AppendCAT──> GraphModule
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxquant.calibration import activation_quantizers, weight_quantizers
+from fxquant.console import Narrator
+from fxquant.correction import CatSetting, append_selected, check_cat_setting
+from fxquant.data import collect, rebatch, seeded
+from fxquant.errors import ConfigError
+from fxquant.execution import peak_bytes
+from fxquant.inspection import check_network, traced
+from fxquant.passes import PREPARE, CorrectBias, Freeze, InsertFakeQuant, InsertObservers
+from fxquant.pipeline import Pipeline
+from fxquant.placement import EDGES, check_bits, place
+from fxquant.recipe import Recipe
+from fxquant.record import Record, layer_rows
+
+
+def quantize(
+    model: nn.Module,
+    calib_loader: Iterable[Any],
+    w: int | None = 2,
+    a: int | None = 2,
+    cat: CatSetting = True,
+    *,
+    recipe: str | Recipe = "standard",
+    edges: str = "8bit",
+    overrides: Mapping[str, Mapping[str, int | None]] | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> GraphModule:
+    """Return `model` quantized, as one GraphModule in eval mode; `model` itself is not touched, also when something fails.
+
+    Args:
+        model: a float32 or float64 vision network with one input ``[N, C, H, W]``, or what `fxquant.trace` made of one.
+        calib_loader: an iterable of batches of a few hundred normalized, unlabeled images: tensors, tuples that begin with one, or dicts.
+        w: bits of weights, 2 to 8, one scale and zero-point an output channel; None leaves weights float.
+        a: bits of activations, 2 to 8, one scale and zero-point a tensor; None leaves activations float.
+        cat: True chooses a cluster-based affine transformation of the logits by cross-validation, and none when none helps; ``"paper"``
+            takes the published constants (arXiv 2509.26277); False leaves the logits alone.
+        recipe: ``"standard"``, ``"fast"`` or a `Recipe`: every other constant.
+        edges: ``"8bit"``: first and last weights and the last layer's input at 8 bits; ``"brecq"``: the first layer's output too;
+            ``"same"``; ``"float"``.
+        overrides: bits of single layers by glob over their names, ``{"layer4.*": {"w": 4}}``.
+        seed: same seed and loader, bit-identical result.
+        device: where to work and where the result is; None: where the model's weights are.
+        progress: print a line a pass and a bar a long stage.
+
+    Raises:
+        ConfigError: an argument that cannot be meant. CalibrationError: the loader's fault. TraceError, ModelError: the network's.
+        CATError: ``cat="paper"`` on a network without logits, or with fewer images than clusters.
+    """
+    recipe = Recipe.named(recipe)
+    check_cat_setting(cat)
+    check_bits("w", w)
+    check_bits("a", a)
+    if w is None and a is None:
+        raise ConfigError("w and a are both None, so there is nothing to quantize", fix="Give bits to one of them")
+    narrator = Narrator(progress)
+    model = check_network(model)
+    first = next(iter([*model.parameters(), *model.buffers()]))
+    device = torch.device(device) if device is not None else first.device
+    with seeded(seed):
+        loaded = collect(calib_loader, next((p.dtype for p in model.parameters()), torch.float32))
+        batches = [batch.to(device) for batch in rebatch(loaded)]
+        graph = traced(model, batches[0]).to(device)
+
+        prepare = Pipeline([step() for step in PREPARE], narrator.passed)
+        teacher = prepare.run(graph)
+        plan = place(teacher, w, a, edges, overrides)
+        narrator.line("place", f"{len(plan.layers)} layers, {len(plan.tensors)} tensors, edges {edges!r}: {EDGES[edges]}")
+
+        observe = InsertObservers(plan)
+        observed = observe(teacher).graph_module
+        narrator.passed(observe.log)
+        with torch.no_grad():
+            for batch in narrator.bar(batches, "observe"):
+                observed(batch)
+        steps: list[Any] = [InsertFakeQuant(plan, activation_quantizers(recipe), weight_quantizers(recipe))]
+        if "bias" in recipe.stages:
+            steps.append(CorrectBias(teacher, _within(recipe, teacher, batches), recipe.bias_gain))
+        finish = Pipeline([*steps, Freeze()], narrator.passed)
+        student = finish.run(observed)
+
+        record = Record.of(recipe, plan, edges, seed, batches, teacher)
+        record.passes = [*prepare.logs, observe.log, *finish.logs]
+        record.layers = layer_rows(teacher, student, plan, _within(recipe, teacher, batches, 32))
+        if cat and "cat" in recipe.stages:
+            student = append_selected(student, teacher, calib_loader, loaded, cat, recipe, seed, record, narrator)
+    record.attach(student)
+    return student.eval()
+
+
+def _within(recipe: Recipe, graph: GraphModule, batches: list[Tensor], most: int | None = None) -> list[Tensor]:
+    """Return the first images that fit the recipe's memory budget when all their activations at one place are held."""
+    fits = int(recipe.memory_gib * 2**30 / max(peak_bytes(graph), 1))
+    count = max(1, min(fits, most or recipe.bias_images))
+    return rebatch([torch.cat(batches)[:count]])

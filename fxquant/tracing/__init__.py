@@ -1,0 +1,109 @@
+"""From an `nn.Module` to a `torch.fx.GraphModule` with modules, names, and the value of every node."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.errors import FxquantWarning, TraceError
+
+from .failure import explain
+from .leaves import unwrap, unwrap_children
+from .tracer import ValueTracer
+
+__all__ = ["trace"]
+
+_KEPT = ("num_classes", "pretrained_cfg", "default_cfg")
+
+
+def trace(model: nn.Module, example: Tensor, *, leaf_modules: tuple[type[nn.Module], ...] = ()) -> torch.fx.GraphModule:
+    """Trace `model` in eval mode into a graph that computes the same for every batch size.
+
+    torch's layers stay `call_module` under their qualified names, everything else is written out down to torch functions,
+    attention included; no convolution or linear weight is hidden. Every node has its fake value in `node.meta["val"]` and the
+    modules it is inside of in `node.meta["nn_module_stack"]`. Parameters and buffers keep their names, constants that the
+    forward makes become buffers.
+
+    Args:
+        model: any module with one tensor argument. It is copied and never changed. `DataParallel`, `DistributedDataParallel` and
+            `torch.compile` wrappers are taken off.
+        example: `[N, C, H, W]`, any N. Only its sizes and dtype are used. C, H and W are fixed in the graph, N is not. A test
+            of the batch size for equality (`if n == 1`) is taken to fail; other tests of it are refused.
+        leaf_modules: classes to keep whole as `call_module`, whatever they hold.
+
+    Returns:
+        The graph module, in eval mode, with the class name of the model. Its attributes `num_classes`, `pretrained_cfg` and
+        `default_cfg` are the model's, where it has them.
+
+    Raises:
+        TraceError: names the module, the file and the line, and what to do.
+
+    Warns:
+        FxquantWarning: if the model is in train mode.
+    """
+    if not isinstance(example, Tensor) or example.dim() == 0:
+        raise TraceError(
+            f"the example is {_describe(example)}",
+            where="example",
+            fix="Pass one batch of images as a tensor [N, C, H, W], for instance torch.randn(1, 3, 224, 224)",
+        )
+    model = unwrap(model)
+    if model.training:
+        warnings.warn(
+            FxquantWarning(
+                f"{type(model).__name__} is in train mode; a copy in eval mode is traced. Call model.eval() first to silence this."
+            ),
+            stacklevel=2,
+        )
+    device = next((t.device for t in [*model.parameters(), *model.buffers()]), example.device)
+    # The caller's modes are none of the graph's business.
+    can_autocast = torch.amp.is_autocast_available(device.type)
+    autocast = torch.autocast(device.type, enabled=False) if can_autocast else contextlib.nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), autocast:
+        return _trace(model, example.to(device), leaf_modules)
+
+
+def _trace(model: nn.Module, example: Tensor, leaf_modules: tuple[type[nn.Module], ...]) -> torch.fx.GraphModule:
+    try:
+        root = copy.deepcopy(model)
+    except Exception as error:
+        raise TraceError(
+            f"the model cannot be copied: {error}",
+            where=type(model).__name__,
+            fix="Remove the tensors that an earlier forward left on it, or build it again and load its state_dict",
+        ) from error
+    unwrap_children(root)
+    root.eval()
+    tracer = ValueTracer(root, leaf_modules)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        graph = tracer.trace(example, _input_name(root))
+    except Exception as error:
+        raise explain(error, tracer, example) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    alive = tracer.mutating
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in {"placeholder", "output"} or node in alive)
+    module = torch.fx.GraphModule(root, graph, class_name=type(root).__name__)
+    kept = {name: getattr(root, name) for name in _KEPT if hasattr(root, name)}
+    # Attributes under this key are the ones that a deepcopy of a GraphModule takes along.
+    module.meta["_user_preserved_attributes"] = kept
+    for name, value in kept.items():
+        setattr(module, name, value)
+    module.graph.lint()
+    return module
+
+
+def _input_name(module: nn.Module) -> str:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return next((p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds), "x")
+
+
+def _describe(value: object) -> str:
+    return "a tensor without dimensions" if isinstance(value, Tensor) else f"a {type(value).__name__}, not a tensor"

@@ -1,0 +1,33 @@
+"""Graph passes: how a float graph becomes a quantized one, one pass a file, in the order below. README.md shows each as a picture."""
+
+from fxquant.passes.append_cat import AppendCAT
+from fxquant.passes.canonicalize import Canonicalize
+from fxquant.passes.correct_bias import CorrectBias
+from fxquant.passes.fold_batch_norm import FoldBatchNorm
+from fxquant.passes.freeze import Freeze
+from fxquant.passes.insert_fake_quant import InsertFakeQuant
+from fxquant.passes.insert_observers import InsertObservers
+from fxquant.passes.modularize_weights import ModularizeWeights
+from fxquant.passes.split_norm_act import SplitNormAct
+from fxquant.passes.unshare_modules import UnshareModules
+
+PREPARE = (Canonicalize, ModularizeWeights, UnshareModules, SplitNormAct, FoldBatchNorm)
+"""From the traced graph to the float graph that is quantized; outputs stay equal."""
+
+QUANTIZE = (InsertObservers, InsertFakeQuant, CorrectBias, Freeze, AppendCAT)
+"""From that float graph to the quantized one."""
+
+__all__ = [
+    "PREPARE",
+    "QUANTIZE",
+    "AppendCAT",
+    "Canonicalize",
+    "CorrectBias",
+    "FoldBatchNorm",
+    "Freeze",
+    "InsertFakeQuant",
+    "InsertObservers",
+    "ModularizeWeights",
+    "SplitNormAct",
+    "UnshareModules",
+]

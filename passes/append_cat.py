@@ -1,0 +1,98 @@
+"""AppendCAT: correct the logits at the end of the graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxquant.cat import CAT
+from fxquant.errors import CATError
+from fxquant.graph import free_path, insert_behind, module_of, put_module
+from fxquant.kinds import kind
+from fxquant.passes.freeze import Freeze
+from fxquant.pipeline import Pass
+from fxquant.quantizers.layers import QuantizedLayer, sharing_copy
+
+
+class AppendCAT(Pass):
+    """Append a fitted cluster-based affine transformation; with one cluster, fold it into the classifier for free.
+
+        fc -> output                                =>     fc -> cat -> output
+        fc -> output, one cluster                   =>     fc' -> output
+
+    With the blended ``g = 1 + alpha (gamma - 1)`` and ``h = alpha beta``, the fold is ``W' = g W``, ``b' = g b + h``; on a quantized
+    weight, ``g`` goes into its scale, one a class. It needs ``g > 0`` and a linear classifier whose output nothing else reads; where that
+    does not hold the module is appended, with the reason.
+
+    Args:
+        cat: the fitted module.
+
+    Raises:
+        CATError: the graph's output is not one ``[N, C]`` tensor with the C of `cat`.
+    """
+
+    after = (Freeze,)
+    preserves_output = False
+    verb = "appended"
+
+    def __init__(self, cat: CAT):
+        super().__init__()
+        self.cat = cat
+
+    def run(self, gm: GraphModule) -> None:
+        logits = logits_node(gm)
+        if isinstance(logits, str) or logits.meta["val"].shape[1] != self.cat.classes:
+            why = (
+                logits
+                if isinstance(logits, str)
+                else f"gives {logits.meta['val'].shape[1]} logits, the CAT was fitted to {self.cat.classes}"
+            )
+            raise CATError(why, where=type(gm).__name__, fix="Use cat=False")
+        if logits.op == "call_module" and isinstance(module_of(logits), CAT):
+            return
+        reason = self._not_foldable(logits)
+        if self.cat.clusters == 1 and reason is None:
+            gamma, beta = (part[0] for part in self.cat.affine())
+            put_module(gm, str(logits.target), scaled_outputs(module_of(logits), gamma, beta))
+            self.note(f"one cluster: folded into {logits.target}, free at inference")
+        else:
+            if reason and self.cat.clusters == 1:
+                self.skip(logits, f"not folded, {reason}; appended as a module")
+            path = free_path(gm, "cat")
+            put_module(gm, path, self.cat)
+            insert_behind(logits, path)
+        self.changed()
+
+    def _not_foldable(self, logits: Node) -> str | None:
+        if logits.op != "call_module" or kind(logits) != "linear":
+            return f"the logits come from {logits.name}, which is no linear layer"
+        if len(logits.users) > 1:
+            return "the logits have other readers"
+        if bool((self.cat.affine()[0] <= 0).any()):
+            return "a class has a factor that is not positive"
+        return None
+
+
+def logits_node(gm: GraphModule) -> Node | str:
+    """Return the node whose value ``[N, C]`` the graph returns, or a sentence that says why there is none."""
+    result = next(node for node in reversed(gm.graph.nodes) if node.op == "output").args[0]
+    if not isinstance(result, Node):
+        return f"returns a {type(result).__name__}, not one tensor of logits [N, C]"
+    value = result.meta.get("val")
+    if not isinstance(value, Tensor) or value.ndim != 2:
+        shape = [size if isinstance(size, int) else "N" for size in value.shape] if isinstance(value, Tensor) else type(value).__name__
+        return f"returns {shape}, not logits [N, C]"
+    return result
+
+
+@torch.no_grad()
+def scaled_outputs(layer: nn.Module, gamma: Tensor, beta: Tensor) -> nn.Module:
+    """Return a copy of a linear `layer` whose outputs are ``gamma * y + beta``; a quantized weight keeps its codes."""
+    if isinstance(layer, QuantizedLayer):
+        return layer.scaled(gamma, beta)
+    new = sharing_copy(layer)
+    new.weight = nn.Parameter(gamma[:, None] * layer.weight, requires_grad=False)  # type: ignore[operator]
+    bias = beta if layer.bias is None else gamma * layer.bias + beta  # type: ignore[operator]
+    new.bias = nn.Parameter(bias, requires_grad=False)
+    return new

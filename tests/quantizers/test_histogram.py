@@ -1,0 +1,155 @@
+"""What the observer and the binning keep of the data: exact counts, exact extremes, close means."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fxquant.errors import CalibrationError, ConfigError
+from fxquant.quantizers import Histogram, HistogramObserver
+
+
+def observe(*batches):
+    observer = HistogramObserver("layer1.conv")
+    for batch in batches:
+        assert observer(batch) is batch
+    return observer
+
+
+batch_lists = st.lists(st.tuples(st.integers(0, 2**31), st.integers(-40, 40)), min_size=1, max_size=4)
+
+
+def make_batches(parts):
+    batches = []
+    for seed, exponent in parts:
+        x = torch.randn(300, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+        batches.append(x.masked_fill(x.abs() < 0.3 * x.abs().mean(), 0))
+    return batches
+
+
+@settings(deadline=None, max_examples=40)
+@given(batch_lists)
+def test_observer_matches_a_single_pass_over_everything(parts):
+    batches = make_batches(parts)
+    everything = torch.cat(batches)
+    h = observe(*batches).histogram()
+    assert h.counts.sum() == everything.numel()
+    assert h.counts[h.values == 0].sum() >= (everything == 0).sum()
+    assert h.low.item() == everything.min()
+    assert h.high.item() == everything.max()
+    assert (h.values.diff() >= 0).all()
+    # Every sorted value is represented by one at most a bin away.
+    width = 2.0 ** (torch.frexp(everything.abs().max())[1].item() - 12)
+    represented = h.values[0].repeat_interleave(h.counts[0].long())
+    assert (represented - everything.sort().values).abs().max() <= width * (1 + 1e-3)
+    assert abs(h.values.double() @ h.counts[0].double() - everything.double().sum()) <= 1e-4 * width * everything.numel()
+
+
+@settings(deadline=None, max_examples=20)
+@given(batch_lists)
+def test_the_order_of_batches_does_not_change_the_counts(parts):
+    batches = make_batches(parts)
+    forward, backward = observe(*batches), observe(*batches[::-1])
+    assert torch.equal(forward.bins, backward.bins)
+    assert torch.equal(forward.exponent, backward.exponent)
+    whole = observe(torch.cat(batches))
+    assert torch.equal(forward.bins, whole.bins)
+    assert torch.equal(forward.zeros, whole.zeros)
+
+
+def test_zeros_are_counted_apart_from_tiny_values():
+    x = torch.tensor([0.0, 0.0, -0.0, 1e-6, 1.0])
+    h = observe(x).histogram()
+    assert h.values[0, 0] == 0
+    assert h.counts[0].tolist() == [3, 1, 1]
+    assert 0 < h.values[0, 1] < 1e-4
+
+
+@pytest.mark.parametrize("value", [6.0, -6.0, 0.1, 1e-42, -3e38, 1e-30])
+def test_constants_are_represented_exactly(value):
+    x = torch.full((5,), value)
+    h = observe(x, x).histogram()
+    assert h.values[h.counts > 0].tolist() == [x[0].item()]
+    assert h.counts.sum() == 10
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
+def test_the_histogram_has_the_dtype_of_the_data(dtype, expected):
+    h = observe(torch.randn(10).to(dtype)).histogram()
+    assert {t.dtype for t in (h.values, h.counts, h.low, h.high)} == {expected}
+
+
+def test_values_of_more_than_one_chunk_are_all_counted():
+    x = torch.arange(100_000).float() % 7
+    h = observe(x.view(10, 10, 1000).transpose(0, 2)).histogram()
+    assert h.values[0].tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert h.counts[0].tolist() == torch.bincount(x.int()).tolist()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_values_are_refused_and_leave_no_trace(bad):
+    observer = observe(torch.ones(2))
+    before = copy.deepcopy(observer.state_dict())
+    with pytest.raises(CalibrationError, match=r"layer1.conv: the activation holds NaN or Inf"):
+        observer(torch.tensor([1.0, bad]))
+    assert all(torch.equal(before[key], value) for key, value in observer.state_dict().items())
+
+
+def test_an_observer_that_saw_nothing_says_so():
+    observer = HistogramObserver("fc")
+    assert not observer.seen
+    with pytest.raises(CalibrationError, match=r"fc: never saw data"):
+        observer.histogram()
+    with pytest.raises(CalibrationError, match=r"fc: the activation holds no values"):
+        observer(torch.zeros(0, 3))
+    observer(torch.zeros(2, 3))
+    assert observer.seen
+    assert observer.count == 6
+
+
+def test_the_state_survives_saving():
+    observer, other = observe(torch.randn(100)), HistogramObserver()
+    other.load_state_dict(observer.state_dict())
+    assert torch.equal(other.histogram().values, observer.histogram().values)
+
+
+def test_the_input_keeps_its_gradient():
+    x = torch.randn(4, requires_grad=True)
+    HistogramObserver()(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(4))
+
+
+def test_short_rows_are_kept_as_they_are():
+    x = torch.randn(4, 3, 2, 2)
+    h = Histogram.of(x, axis=1)
+    assert torch.equal(h.values, x.transpose(0, 1).reshape(3, -1))
+    assert torch.equal(h.counts, torch.ones(3, 16))
+    assert torch.equal(h.low, x.amin((0, 2, 3)))
+    assert Histogram.of(x).values.shape == (1, 48)
+    assert Histogram.of(torch.randn(5), axis=0).values.shape == (5, 1)
+
+
+def test_long_rows_are_binned_with_exact_sums_and_zeros():
+    x = torch.randn(3, 5000, dtype=torch.float64)
+    x[:, ::4] = 0
+    h = Histogram.of(x, axis=0, max_bins=64)
+    assert h.values.shape == (3, 65)
+    assert h.counts.sum(1).tolist() == [5000] * 3
+    assert h.counts[h.values == 0].sum() == 3 * 1250
+    assert torch.allclose((h.values * h.counts).sum(1), x.sum(1))
+    for row, values, counts in zip(x, h.values, h.counts, strict=True):
+        represented = values.repeat_interleave(counts.long()).sort().values
+        assert (represented - row.sort().values).abs().max() <= (row.max() - row.min()) / 64
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(0, 3), torch.tensor([1.0, float("nan")]), torch.tensor([float("inf")])])
+def test_bad_tensors_are_refused(tensor):
+    with pytest.raises(CalibrationError):
+        Histogram.of(tensor)
+
+
+def test_a_missing_axis_is_refused():
+    with pytest.raises(ConfigError, match="has no axis 2"):
+        Histogram.of(torch.zeros(2, 2), axis=2)

@@ -1,0 +1,531 @@
+"""The tracer on small networks that each hold one difficulty. Equality is exact unless attention is rewritten."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import warnings
+from collections import Counter
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, Conv2dSame, GroupNormAct, LayerNormAct2d, StdConv2d
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torchvision.models import mobilenet_v2, resnet18, swin_t
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import Conv2dNormActivation
+
+from fxquant.errors import FxquantWarning, TraceError
+from fxquant.tracing import trace
+
+IMAGES = torch.randn(2, 3, 8, 8)
+
+
+class Net(nn.Module):
+    """A convolution to 4 channels, then `body(self, features)`."""
+
+    def __init__(self, body: Any = None, **members: Any):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.body = body
+        for name, member in members.items():
+            if isinstance(member, Tensor) and not isinstance(member, nn.Parameter):
+                self.register_buffer(name, member)
+            else:
+                setattr(self, name, member)
+
+    def forward(self, images: Tensor) -> Any:
+        return self.body(self, self.conv(images))
+
+
+def net(body: Any = None, **members: Any) -> nn.Module:
+    return Net(body, **members).eval()
+
+
+def check(model: nn.Module, example: Tensor = IMAGES, tolerance: float = 0.0, **kwargs: Any) -> torch.fx.GraphModule:
+    """Trace, and compare with eager mode at batch 1, 3 and 5."""
+    graph_module = trace(model, example, **kwargs)
+    for n in (1, 3, 5):
+        images = torch.randn(n, *example.shape[1:], dtype=example.dtype)
+        with torch.no_grad():
+            ours, theirs = (torch.utils._pytree.tree_leaves(m(images.clone())) for m in (graph_module, model))
+        assert len(ours) == len(theirs) > 0
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    return graph_module
+
+
+def targets(graph_module: torch.fx.GraphModule) -> Counter[Any]:
+    return Counter(node.target for node in graph_module.graph.nodes)
+
+
+def ops(graph_module: torch.fx.GraphModule) -> Counter[str]:
+    return Counter(node.op for node in graph_module.graph.nodes)
+
+
+# Structure
+
+
+def test_resnet18_keeps_modules_and_names() -> None:
+    model = resnet18().eval()
+    traced = check(model, torch.randn(2, 3, 64, 64))
+    kinds = Counter(type(traced.get_submodule(n.target)) for n in traced.graph.nodes if n.op == "call_module")
+    assert kinds == {nn.Conv2d: 20, nn.BatchNorm2d: 20, nn.ReLU: 17, nn.MaxPool2d: 1, nn.AdaptiveAvgPool2d: 1, nn.Linear: 1}
+    assert targets(traced)[operator.add] == 8
+    assert len(traced.graph.nodes) == 1 + 60 + 8 + 1 + 1
+    assert {n for n, _ in traced.named_parameters()} == {n for n, _ in model.named_parameters()}
+    assert traced.__class__.__name__ == "ResNet"
+    assert not traced.training
+
+
+def test_every_node_has_a_value_and_a_place() -> None:
+    traced = trace(resnet18().eval(), torch.randn(2, 3, 64, 64))
+    nodes = {node.name: node for node in traced.graph.nodes}
+    for node in nodes.values():
+        batch, *_ = node.meta["val"].shape
+        assert isinstance(batch, torch.SymInt)
+        assert next(iter(node.meta["nn_module_stack"])) == ""
+    assert nodes["layer3_0_conv1"].meta["val"].shape[1:] == (256, 4, 4)
+    assert [path for path, _ in nodes["layer3_0_conv1"].meta["nn_module_stack"].values()] == [
+        "",
+        "layer3",
+        "layer3.0",
+        "layer3.0.conv1",
+    ]
+    assert list(nodes["add_3"].meta["nn_module_stack"])[-1] == "layer2.1"
+    assert list(nodes["layer3_0_relu_1"].meta["nn_module_stack"])[-1] == "layer3.0.relu@1"
+
+
+def test_nothing_with_weights_is_a_leaf() -> None:
+    model = nn.Sequential(Conv2dNormActivation(3, 8), mobilenet_v2().features[1:3], swin_t().features[1][0].attn)
+    model[1][0].conv[0][0] = nn.Conv2d(8, 8, 3, padding=1)
+    model[1][0].conv[0][1] = nn.BatchNorm2d(8)
+    model[1][0].conv[1] = nn.Conv2d(8, 16, 1)
+    model[1][0].conv[2] = nn.BatchNorm2d(16)
+    model[2] = nn.Sequential(nn.Conv2d(24, 96, 1), Permute(), model[2])
+    traced = check(model.eval(), torch.randn(2, 3, 28, 28))
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            assert not list(traced.get_submodule(node.target).children())
+    assert targets(traced)[F.linear] == 2
+    assert {"2.2.qkv.weight", "2.2.proj.weight"} <= set(targets(traced))
+    assert all(isinstance(traced.get_parameter(name), nn.Parameter) for name in ("2.2.qkv.weight", "2.2.proj.weight"))
+
+
+class Permute(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+def test_norms_with_an_activation_stay_leaves_and_other_subclasses_do_not() -> None:
+    model = nn.Sequential(
+        Conv2dSame(3, 8, 3, stride=2),
+        BatchNormAct2d(8),
+        StdConv2d(8, 8, 3),
+        GroupNormAct(8, 2),
+        LayerNormAct2d(8, act_layer=nn.GELU),
+    )
+    traced = check(model.eval(), torch.randn(2, 3, 17, 17))
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["1", "3", "4"]
+    assert {"0.weight", "2.weight"} <= set(targets(traced))
+    assert targets(traced)[F.conv2d] == 2
+
+
+def test_shared_modules_stay_shared() -> None:
+    model = net(lambda self, x: self.conv2(self.conv2(x)), conv2=nn.Conv2d(4, 4, 1))
+    model.alias = model.conv2
+    assert [n.target for n in check(model).graph.nodes if n.op == "call_module"] == ["conv", "conv2", "conv2"]
+
+
+def test_leaf_modules_stay_whole_even_if_they_cannot_be_traced() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), ValueBranch())
+    traced = check(model.eval(), leaf_modules=(ValueBranch,))
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["0", "1"]
+    value = list(traced.graph.nodes)[-2].meta["val"]
+    assert isinstance(value.shape[0], torch.SymInt)
+    assert value.shape[1:] == (3, 8, 8)
+
+
+def test_leaf_modules_that_could_be_traced() -> None:
+    traced = check(resnet18().eval(), torch.randn(2, 3, 32, 32), leaf_modules=(BasicBlock,))
+    assert ops(traced) == {"placeholder": 1, "call_module": 4 + 8 + 2, "call_function": 1, "output": 1}
+    assert next(n for n in traced.graph.nodes if n.target == "layer2.0").meta["val"].shape[1:] == (128, 4, 4)
+    assert not any(isinstance(t, FakeTensor) for t in traced.state_dict().values())
+
+
+class ValueBranch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.sum() > 0 else -self.conv(x)
+
+
+# Sizes
+
+
+def test_batch_sizes_become_size_nodes_of_the_nearest_tensor() -> None:
+    def body(self: nn.Module, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        windows = x.view(n, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(n * 4, 16, c)
+        m = windows.shape[0] // 4
+        return windows.view(m, h * w, c)
+
+    traced = check(net(body))
+    nodes = list(traced.graph.nodes)
+    sizes = [n for n in nodes if n.target == "size"]
+    assert [n.args[0].target for n in sizes] == ["conv", "permute", "reshape"]
+    assert targets(traced)[operator.mul] == 1
+    assert targets(traced)[operator.floordiv] == 1
+    assert all(isinstance(n.meta["val"], torch.SymInt) for n in sizes)
+
+
+def test_static_sizes_are_plain_numbers_and_unused_sizes_vanish() -> None:
+    def body(self: nn.Module, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        assert type(c) is int
+        assert isinstance(x, Tensor)
+        assert x.dtype == torch.float32
+        return x.flatten(1) if h == w else x.sum(n)
+
+    traced = check(net(body))
+    assert targets(traced) == {"images": 1, "conv": 1, "flatten": 1, "output": 1}
+
+
+def test_factories_with_the_batch_size_follow_the_batch_and_the_device() -> None:
+    def body(self: nn.Module, x: Tensor) -> list[Tensor]:
+        n = x.shape[0]
+        return [
+            torch.zeros(n, 2, device=x.device) + 1,
+            torch.arange(n * 2, device=x.device),
+            x.new_full((n, 1), 2.0),
+            x / n + n**-0.5,
+        ]
+
+    traced = check(net(body))
+    assert not any(isinstance(value, torch.device) for n in traced.graph.nodes for value in n.kwargs.values())
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (lambda self, x: x * int(x.shape[0]), "batch size as a number"),
+        (lambda self, x: sum(x[0] for _ in range(x.shape[0])), "batch size as a number"),
+        (lambda self, x: torch.stack(list(x)), "batch size as a number"),
+        (lambda self, x: x if x.shape[0] > 4 else -x, "compares the batch size B with a number"),
+        (lambda self, x: x if x.shape[0] % 2 else -x, "compares the batch size B with a number"),
+    ],
+)
+def test_a_graph_for_one_batch_size_is_refused(body: Any, words: str) -> None:
+    with pytest.raises(TraceError, match=words) as caught:
+        trace(net(body), IMAGES)
+    assert "test_trace.py:" in str(caught.value)
+    assert "x.shape[0]" in str(caught.value)
+
+
+def test_spatial_sizes_may_be_odd_and_the_example_batch_does_not_matter() -> None:
+    model = resnet18().eval()
+    graphs = [trace(model, torch.randn(n, 3, 35, 47)).code for n in (1, 4)]
+    assert graphs[0] == graphs[1]
+
+
+# In-place operations, constants, outputs
+
+
+def test_writes_survive_and_sums_in_place_become_sums() -> None:
+    def body(self: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        y = torch.zeros_like(x)
+        y[:, :2] = x[:, :2]
+        y[:, 2:].copy_(x[:, 2:])
+        z = F.relu(x)
+        z += y
+        w = z * 2
+        w.view(-1).add_(1)
+        return y, F.relu_(z), w
+
+    count = targets(check(net(body)))
+    assert count[operator.setitem] == 1
+    assert count["copy_"] == 1
+    assert count[operator.add] == 1, "z has no other name, so z += y is z + y"
+    assert count[operator.iadd] == 1, "the view shares memory with w"
+
+
+def test_a_module_in_place_is_followed_by_its_readers() -> None:
+    traced = check(net(lambda self, x: (self.relu(x), x)[1] + 1, relu=nn.ReLU(inplace=True)))
+    relu = next(n for n in traced.graph.nodes if n.target == "relu")
+    assert [n.target for n in relu.users] == [operator.add]
+
+
+def test_the_graph_does_not_write_into_its_input_unless_the_model_does() -> None:
+    images = torch.randn(3, 3, 8, 8)
+    before = images.clone()
+    traced = trace(nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True)).eval(), IMAGES)
+    traced(images)
+    assert torch.equal(images, before)
+
+
+def test_constants_become_buffers() -> None:
+    def body(self: nn.Module, x: Tensor) -> Tensor:
+        mask = x.new_zeros(8, 8)
+        mask[:4, 4:] = -1.0
+        position = torch.arange(8.0, device=x.device)
+        y = x + mask + position
+        position[0] = 9.0
+        return y * position
+
+    traced = check(net(body))
+    assert len(dict(traced.named_buffers())) == 3
+    assert all(name in traced.state_dict() for name, _ in traced.named_buffers())
+    assert ops(traced) == {"placeholder": 1, "call_module": 1, "get_attr": 3, "call_function": 3, "output": 1}
+    assert traced.to("meta")(torch.empty(7, 3, 8, 8, device="meta")).shape == (7, 4, 8, 8)
+
+
+def test_writing_an_input_into_a_constant_starts_afresh_in_every_run() -> None:
+    def body(self: nn.Module, x: Tensor) -> Tensor:
+        sums = torch.zeros(2, 8)
+        sums[:, 1:] = x.sum((0, 1, 2))[1:]
+        return sums
+
+    check(net(body))
+
+
+def test_writing_an_input_into_a_view_of_a_constant_is_refused() -> None:
+    def body(self: nn.Module, x: Tensor) -> Tensor:
+        sums = torch.zeros(2, 8)
+        sums[0] += x.sum((0, 1, 2))
+        return sums
+
+    with pytest.raises(TraceError, match="into a view of a constant"):
+        trace(net(body), IMAGES)
+
+
+def test_python_may_look_at_values_of_weights_and_buffers() -> None:
+    def body(self: nn.Module, x: Tensor) -> Tensor:
+        return x * float(self.scale) if self.flag else -x
+
+    traced = check(net(body, scale=nn.Parameter(torch.tensor(2.0)), flag=torch.tensor(True)))
+    assert targets(traced) == {"images": 1, "conv": 1, operator.mul: 1, "output": 1}
+
+
+def test_random_numbers_are_not_frozen() -> None:
+    traced = trace(net(lambda self, x: x + torch.rand(8)), IMAGES)
+    assert not torch.equal(traced(IMAGES), traced(IMAGES))
+
+
+class Pair(NamedTuple):
+    main: Tensor
+    aux: Tensor | None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda self, x: (x, x + 1),
+        lambda self, x: [x, [x * 2, {"a": -x}]],
+        lambda self, x: {"logits": x.mean((2, 3)), "size": x.shape[0]},
+        lambda self, x: Pair(x.mean((2, 3)), None),
+        lambda self, x: x.max(dim=1),
+    ],
+)
+def test_outputs_of_every_form(body: Any) -> None:
+    model = net(body)
+    ours, theirs = check(model)(IMAGES), model(IMAGES)
+    assert isinstance(ours, (type(theirs), tuple))
+    assert type(ours) is type(theirs) or type(theirs).__module__ == "torch.return_types"
+
+
+def test_operators_have_one_spelling() -> None:
+    def body(self: nn.Module, x: Tensor) -> Any:
+        a, b = x.add(1).chunk(2, 1)
+        c = a * 2
+        c **= 3
+        return (
+            1 - a,
+            2 / (b + 9),
+            2**a,
+            b**2,
+            c,
+            a // 2,
+            a % 3,
+            a @ b,
+            -a,
+            (a > 0) & ~(b > 0),
+            a.mT,
+            a.sub(b, alpha=2),
+            abs(a),
+            a[:, :, None],
+        )
+
+    count = targets(check(net(body)))
+    for target in (operator.sub, operator.truediv, operator.pow, operator.floordiv, operator.mod, operator.matmul, operator.neg):
+        assert count[target] == (3 if target is operator.pow else 1)
+    assert count[operator.add] == 2
+    assert count["sub"] == 1
+    assert count[getattr] == 1
+
+
+def test_float64() -> None:
+    assert (
+        check(resnet18().eval().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64))(
+            torch.randn(1, 3, 32, 32, dtype=torch.float64)
+        ).dtype
+        == torch.float64
+    )
+
+
+def test_a_buffer_that_counts_calls_counts_calls_of_the_graph() -> None:
+    def body(self: nn.Module, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+    traced = trace(net(body, calls=torch.zeros(())), IMAGES)
+    model = net(body, calls=torch.zeros(()))
+    model.load_state_dict(traced.state_dict())
+    for count in (1, 2):
+        assert torch.equal(traced(IMAGES), model(IMAGES))
+        assert traced.calls == count
+
+
+# The caller's model
+
+
+def test_the_model_is_not_touched() -> None:
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+            self.conv, self.cache = nn.Conv2d(3, 3, 1), {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.cache["last"] = x
+            return self.conv(x)
+
+    model = Caching()
+    state = copy.deepcopy(model.state_dict())
+    call = nn.Module.__call__
+    with pytest.warns(FxquantWarning, match=r"train mode.*model\.eval\(\)"):
+        trace(model, IMAGES)
+    with pytest.raises(TraceError), warnings.catch_warnings(action="ignore"):
+        trace(model, torch.randn(2, 4, 8, 8))
+    assert model.cache == {}
+    assert model.training
+    assert model.conv.training
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert nn.Module.__call__ is call
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_eval_mode_does_not_warn() -> None:
+    with warnings.catch_warnings(action="error"):
+        trace(net(lambda self, x: x), IMAGES)
+
+
+def test_the_modes_of_the_caller_do_not_matter() -> None:
+    model = resnet18().eval()
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        traced = trace(model, torch.randn(2, 3, 32, 32))
+    assert {node.meta["val"].dtype for node in traced.graph.nodes} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in traced.parameters())
+
+
+def test_a_model_without_memory() -> None:
+    with torch.device("meta"):
+        model = resnet18().eval()
+    assert trace(model, torch.randn(2, 3, 64, 64))(torch.empty(5, 3, 64, 64, device="meta")).shape == (5, 1000)
+
+
+def test_hooks_of_leaves_run_inside_and_hooks_of_other_modules_are_recorded() -> None:
+    model = net(lambda self, x: self.block(x), block=nn.Sequential(nn.ReLU()))
+    model.conv.register_forward_hook(lambda module, args, output: output * 2)
+    model.block.register_forward_hook(lambda module, args, output: output + 1)
+    assert targets(check(model)) == {"images": 1, "conv": 1, "block.0": 1, operator.add: 1, "output": 1}
+
+
+def test_wrappers_come_off() -> None:
+    inner = net(lambda self, x: x + 1)
+    wrapped = nn.DataParallel(torch.compile(nn.DataParallel(inner))).eval()
+    assert set(targets(trace(wrapped, IMAGES))) == {"images", "conv", operator.add, "output"}
+    nested = nn.Sequential(torch.compile(nn.Conv2d(3, 3, 1)), nn.DataParallel(nn.ReLU())).eval()
+    assert [n.target for n in trace(nested, IMAGES).graph.nodes if n.op == "call_module"] == ["0", "1"]
+
+
+def test_allowed_attributes_and_deepcopy() -> None:
+    model = net(lambda self, x: x + self.offset, offset=torch.zeros(1))
+    model.num_classes, model.default_cfg, model.secret = 7, {"mean": (0.5,)}, 1
+    traced = trace(model, IMAGES)
+    copied = copy.deepcopy(traced)
+    for g in (traced, copied):
+        assert g.num_classes == 7
+        assert g.default_cfg == {"mean": (0.5,)}
+        assert not hasattr(g, "secret")
+        assert not hasattr(g, "pretrained_cfg")
+    with torch.no_grad():
+        copied.offset += 1
+    assert torch.equal(traced(IMAGES) + 1, copied(IMAGES))
+
+
+def test_tracing_a_graph_module_again_gives_the_same_graph() -> None:
+    first = trace(net(lambda self, x: F.relu(x.view(x.shape[0], -1)) @ self.w, w=nn.Parameter(torch.randn(256, 3))), IMAGES)
+    again = check(first)
+    assert targets(first) == targets(again)
+
+
+def test_the_result_pickles_and_compiles() -> None:
+    model = net(lambda self, x: F.relu(x).mean((2, 3)))
+    traced = trace(model, IMAGES)
+    compiled = torch.compile(traced, fullgraph=True, backend="eager")
+    for n in (2, 3, 4):
+        images = torch.randn(n, 3, 8, 8)
+        assert torch.equal(compiled(images), model(images))
+
+
+# Failures
+
+
+def test_a_wrong_number_of_channels() -> None:
+    with pytest.raises(
+        TraceError, match=r"^conv1 \(Conv2d\) at .*resnet\.py:\d+: .*3 channels.*example is \[2, 1, 64, 64\]"
+    ) as caught:
+        trace(resnet18().eval(), torch.randn(2, 1, 64, 64))
+    assert "Pass an example" in str(caught.value)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_a_wrong_dtype() -> None:
+    with pytest.raises(TraceError, match=r"^conv \(Conv2d\) at .*example is torch\.float32.*Pass example\.to\(torch\.float64\)"):
+        trace(net(lambda self, x: x).double(), IMAGES)
+
+
+def test_control_flow_on_values_names_the_line_and_the_class_to_keep() -> None:
+    line = ValueBranch.forward.__code__.co_firstlineno + 1
+    with pytest.raises(TraceError, match=rf"^1 \(ValueBranch\) at .*test_trace\.py:{line}: .*values of a tensor") as caught:
+        trace(nn.Sequential(nn.Conv2d(3, 3, 1), ValueBranch()).eval(), IMAGES)
+    assert "leaf_modules=(ValueBranch,)" in caught.value.fix
+
+
+def test_a_shape_that_depends_on_values() -> None:
+    with pytest.raises(TraceError, match="shape of a result depends on the values"):
+        trace(net(lambda self, x: x[x > 0]), IMAGES)
+
+
+def test_more_than_one_input() -> None:
+    with pytest.raises(TraceError, match=r"missing 1 required positional argument.*Wrap the model"):
+        trace(nn.Bilinear(3, 3, 3).eval(), IMAGES)
+
+
+@pytest.mark.parametrize(("example", "words"), [([IMAGES], "a list, not a tensor"), (torch.tensor(1.0), "without dimensions")])
+def test_an_example_that_is_no_batch(example: Any, words: str) -> None:
+    with pytest.raises(TraceError, match=f"^example: .*{words}"):
+        trace(net(lambda self, x: x), example)
+
+
+def test_a_model_that_cannot_be_copied() -> None:
+    model = net(lambda self, x: x)
+    model.left_over = model.conv(IMAGES)
+    with pytest.raises(TraceError, match="cannot be copied"):
+        trace(model, IMAGES)
