@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def _load() -> ModuleType:
-    path = Path(__file__).parents[2] / "examples" / "trace_coverage.py"
+    path = Path(__file__).parents[2] / "examples" / "05_trace_coverage.py"
     spec = importlib.util.spec_from_file_location("trace_coverage", path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,7 +1,7 @@
 """Which networks of torchvision and timm can be traced, and whether the graph computes the same.
 
-    python examples/trace_coverage.py --library torchvision
-    python examples/trace_coverage.py --library timm --families 160 --only "resnet*"
+    python examples/05_trace_coverage.py --library torchvision
+    python examples/05_trace_coverage.py --library timm --families 160 --only "resnet*"
 
 Every network is built with random weights, its zero parameters and batch norm statistics are perturbed so that equality means
 something, it is traced at batch 2 and compared with eager mode at batch 3. Prints a markdown table and totals.
