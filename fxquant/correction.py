@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.cat import CAT, CATChoice, fit_cat, select_cat
+from fxquant.cat import CAT, fit_cat, select_cat
 from fxquant.console import Narrator
-from fxquant.data import collect, fresh_views, rebatch, seeded
+from fxquant.data import check_seed, collect, fresh_views, rebatch, seeded
 from fxquant.errors import CATError, ConfigError, FxquantWarning
+from fxquant.graph import called
+from fxquant.inspection import working_device
 from fxquant.metrics import kl_divergence
 from fxquant.passes.append_cat import AppendCAT, logits_node
 from fxquant.recipe import Recipe
-from fxquant.record import Record
+from fxquant.record import META_KEY, Record
+
+FOLDS = 4
+"""Folds of `append_cat`'s cross-validation."""
 
 CatSetting = bool | Literal["paper"]
 
@@ -33,7 +40,8 @@ class Corrected(nn.Module):
 
     def __init__(self, model: Callable[[Tensor], Tensor], cat: CAT):
         super().__init__()
-        self.model, self.cat = model, cat
+        self.model, self.cat = model, cat.eval()
+        self.training = False  # self.eval() would reach into the caller's model
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the corrected logits ``[N, C]``."""
@@ -69,25 +77,41 @@ def append_cat(
         progress: show bars.
 
     Raises:
-        CATError: no logits ``[N, C]``, logits of different sizes, fewer images than clusters.
+        CATError: no logits ``[N, C]``, logits of different sizes, a network in train mode, a `quantized` that ends in a CAT already, too
+            few images. ConfigError: an argument that cannot be meant. CalibrationError: the loader's fault.
     """
+    seed = check_seed(seed)
     if fit not in ("auto", "moments", "ridge", "kl"):
         raise ConfigError(f"{fit!r} is no fit", where="fit", fix="Use 'auto', 'moments', 'ridge' or 'kl'")
+    for network in (quantized, teacher):
+        _check_ready(network)
+    if _ends_in_cat(quantized):
+        raise CATError(
+            "has a CAT already", where=type(quantized).__name__, fix="Pass it as it was before, for example quantized with cat=False"
+        )
     narrator = Narrator(progress)
-    with seeded(seed):
-        place = torch.device(device) if device is not None else _device_of(quantized)
-        batches = [batch.to(place) for batch in rebatch(collect(loader))]
+    device = working_device(quantized, device)
+    with seeded(seed, loader):
+        batches = [batch.to(device) for batch in rebatch(collect(loader, _precision_of(quantized)))]
         mine, theirs = (logits_of(network, batches, narrator) for network in (quantized, teacher))
         if fit == "auto":
-            cat = select_cat(mine, theirs, seed=seed).cat
+            if reason := _too_few(len(mine)):
+                raise CATError(reason, where="loader", fix="Pass more images, or choose a fit")
+            cat, choice = _selected(mine, theirs, None, FOLDS, seed)
         else:
-            cat = fit_cat(mine, theirs, fit=fit, clusters=clusters, pca=pca, alpha=alpha, seed=seed)
+            cat, choice = _fitted(mine, theirs, fit, clusters, pca, alpha, seed)
+    choice |= {"views": "the images given", "images": len(mine)}
+    narrator.line("cat", describe(choice))
     if cat is None:
-        narrator.line("cat", "none: no correction lowers the held-out KL")
-        return quantized if isinstance(quantized, nn.Module) else Corrected(quantized, CAT.identity(mine.shape[1]))
-    if isinstance(quantized, GraphModule) and not isinstance(logits_node(quantized), str):
-        return AppendCAT(cat)(quantized).graph_module
-    return Corrected(quantized, cat)
+        return quantized if isinstance(quantized, nn.Module) else Corrected(quantized, CAT.identity(mine.shape[1]).to(mine))
+    if not isinstance(quantized, GraphModule) or isinstance(logits_node(quantized), str):
+        return Corrected(quantized, cat)
+    step = AppendCAT(cat)
+    corrected = copy.deepcopy(step(quantized).graph_module).eval()
+    if isinstance(record := corrected.meta.get(META_KEY), Record):
+        choice["folded"] = not _ends_in_cat(corrected)
+        replace(record, cat=choice, passes=[*record.passes, step.log]).attach(corrected)
+    return corrected
 
 
 def append_selected(
@@ -109,21 +133,18 @@ def append_selected(
         warnings.warn(FxquantWarning(f"CAT skipped: the network {reason}. Pass cat=False to silence this."), stacklevel=3)
         record.cat = {"fit": "none", "why": f"the network {reason}"}
         return student
-    device = next((value.device for value in teacher.state_dict().values()), torch.device("cpu"))
+    device = working_device(teacher, None)
+    if setting is True and (reason := _too_few(sum(map(len, images)), recipe.cat_folds)):
+        warnings.warn(FxquantWarning(f"CAT skipped: {reason}. Pass more images, or cat=False to silence this."), stacklevel=3)
+        record.cat = {"fit": "none", "why": reason}
+        return student
     views, groups, made = fresh_views(loader, images, recipe.cat_views, recipe.augment, seed)
     views = [view.to(device) for view in views]
     mine, theirs = (logits_of(network, views, narrator) for network in (student, teacher))
     if setting == "paper":
-        cat: CAT | None = fit_cat(
-            mine, theirs, fit="moments", clusters=recipe.cat_clusters, pca=recipe.cat_pca, alpha=recipe.cat_alpha, seed=seed
-        )
-        choice = {"fit": "moments", "clusters": recipe.cat_clusters, "pca": recipe.cat_pca, "alpha": recipe.cat_alpha}
-        assert cat is not None
-        before, after = kl_divergence(mine, theirs).mean(), kl_divergence(cat(mine), theirs).mean()
-        choice |= {"kl_before": before.item(), "kl_after": after.item(), "measured_on": "the images it was fitted on"}
+        cat, choice = _fitted(mine, theirs, "moments", recipe.cat_clusters, recipe.cat_pca, recipe.cat_alpha, seed)
     else:
-        selected = select_cat(mine, theirs, groups=groups, seed=seed, folds=recipe.cat_folds)
-        cat, choice = selected.cat, _summary(selected)
+        cat, choice = _selected(mine, theirs, groups, recipe.cat_folds, seed)
     record.cat = {**choice, "views": made, "images": len(mine)}
     narrator.line("cat", describe(record.cat))
     if cat is None:
@@ -131,7 +152,7 @@ def append_selected(
     step = AppendCAT(cat)
     corrected = step(student).graph_module
     record.passes.append(step.log)
-    record.cat["folded"] = not any(isinstance(module, CAT) for module in corrected.modules())
+    record.cat["folded"] = not _ends_in_cat(corrected)
     narrator.passed(step.log)
     return corrected
 
@@ -147,11 +168,30 @@ def describe(cat: dict[str, Any]) -> str:
     )
 
 
-def _summary(choice: CATChoice) -> dict[str, Any]:
+def _fitted(mine: Tensor, theirs: Tensor, fit: str, clusters: int, pca: int, alpha: float, seed: int) -> tuple[CAT | None, dict[str, Any]]:
+    if len(mine) < clusters:
+        raise CATError(
+            f"{len(mine)} images, augmented ones counted, are fewer than {clusters} clusters",
+            where="cat",
+            fix="Pass more images, or ask for fewer clusters (append_cat(clusters=...), Recipe.cat_clusters)",
+        )
+    cat = fit_cat(mine, theirs, fit=fit, clusters=clusters, pca=pca, alpha=alpha, seed=seed)
+    before, after = (kl_divergence(logits, theirs).mean().item() for logits in (mine, cat(mine)))
+    choice = {"fit": fit, "clusters": cat.clusters, "pca": pca, "alpha": alpha, "kl_before": before, "kl_after": after}
+    return cat, {**choice, "measured_on": "the images it was fitted on"}
+
+
+def _selected(mine: Tensor, theirs: Tensor, groups: Tensor | None, folds: int, seed: int) -> tuple[CAT | None, dict[str, Any]]:
+    choice = select_cat(mine, theirs, groups=groups, seed=seed, folds=folds)
     summary = {"kl_before": choice.kl_before, "kl_after": choice.kl_after, "measured_on": "held-out folds", "table": choice.table}
     if choice.cat is None:
-        return {"fit": "none", "why": "no correction lowers the held-out KL", **summary}
-    return {"fit": choice.fit, "clusters": choice.clusters, "pca": choice.pca, "alpha": choice.alpha, **summary}
+        return None, {"fit": "none", "why": "no correction lowers the held-out KL", **summary}
+    return choice.cat, {"fit": choice.fit, "clusters": choice.clusters, "pca": choice.pca, "alpha": choice.alpha, **summary}
+
+
+def _too_few(images: int, folds: int = FOLDS) -> str:
+    """Return why so many images cannot be cross-validated, or nothing."""
+    return f"{images} images are too few to cross-validate, {2 * folds} are enough" if images < 2 * folds else ""
 
 
 @torch.no_grad()
@@ -175,7 +215,26 @@ def logits_of(network: Callable[[Tensor], Any], batches: list[Tensor], narrator:
     return torch.cat(parts)
 
 
-def _device_of(network: object) -> torch.device:
-    if isinstance(network, nn.Module):
-        return next((value.device for value in network.state_dict().values()), torch.device("cpu"))
-    return torch.device("cpu")
+def _check_ready(network: object) -> None:
+    """Raise CATError for a network whose logits are random, or corrected already."""
+    name = type(network).__name__
+    if not callable(network):
+        raise CATError(f"a {name} cannot be called with images", where="append_cat", fix="Pass networks, or functions that give logits")
+    if _trains(network):
+        raise CATError("is in train mode, so its logits depend on the batch", where=name, fix="Call .eval() on it first")
+
+
+def _trains(network: object) -> bool:
+    """Say whether `network` is in train mode; flags that change nothing, which torch.export leaves on for good, do not count."""
+    if isinstance(network, GraphModule):
+        return any(_trains(module) for _, module in called(network))
+    return isinstance(network, nn.Module) and network.training and not type(network).__module__.startswith("torch.export.")
+
+
+def _ends_in_cat(network: object) -> bool:
+    return isinstance(network, nn.Module) and any(isinstance(module, CAT) for module in network.modules())
+
+
+def _precision_of(network: object) -> torch.dtype:
+    values = network.parameters() if isinstance(network, nn.Module) else ()
+    return next((value.dtype for value in values if value.is_floating_point()), torch.float32)

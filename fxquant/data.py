@@ -5,16 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
-from fxquant.errors import CalibrationError, listed
+from fxquant.errors import CalibrationError, ConfigError, listed
 
-IMAGE_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x", "data")
+IMAGE_KEYS = ("pixel_values", "image", "images", "img", "input", "inputs", "x", "data")
 """Keys under which the images of a dict batch are looked for, in this order."""
 
 
@@ -95,16 +97,17 @@ def rebatch(batches: list[Tensor], size: int = 64) -> list[Tensor]:
 def fresh_views(loader: Iterable[Any], batches: list[Tensor], views: int, augment: str, seed: int) -> tuple[list[Tensor], Tensor, str]:
     """Return views of the calibration images that no range was chosen on.
 
-    A loader with randomness of its own (its second pass gives images the first did not) is passed over `views` times. Otherwise images
-    are shifted (reflected at the border, by up to an eighth of the size) and, with ``"crop+flip"``, mirrored.
+    The data set of a DataLoader that augments at random (two passes in one order differ) is passed over `views` times, in
+    one order. Otherwise images are shifted (reflected at the border, by up to an eighth of the size) and, with ``"crop+flip"``, mirrored.
 
     Returns:
-        batches; the source image of each view, ``[N * views]`` int64 (views of one image must not be split over folds; for a random
-        loader each view is its own group unless the order is known to repeat); and how the views were made, for the report.
+        batches; the source image of each view, ``[N * views]`` int64 (views of one image must not be split over folds); and how the views
+        were made, for the report.
     """
     count = sum(len(batch) for batch in batches)
-    if views > 0 and _is_random(loader, batches):
-        passes = [collect(loader, batches[0].dtype) for _ in range(views)]
+    repeating = _in_one_order(loader)
+    if repeating is not None and _is_random(repeating):
+        passes = [collect(repeating, batches[0].dtype) for _ in range(views)]
         if all(sum(map(len, batch)) == count for batch in passes):
             return rebatch([b for batch in passes for b in batch]), torch.arange(count).repeat(views), f"{views} passes of the loader"
     if augment == "none":
@@ -127,30 +130,61 @@ def _shifted(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
     return torch.stack([view.flip(2) if flip and mirror else view for view, mirror in zip(views, mirrored, strict=True)])
 
 
-def _is_random(loader: Iterable[Any], batches: list[Tensor]) -> bool:
-    """Say whether another pass of `loader` shows images that the first did not (shuffling alone does not count)."""
-    if iter(loader) is loader:
-        return False
-    known = {image.numpy().tobytes() for image in torch.cat(batches)}
-    again = next(iter(loader), None)
-    return again is not None and any(
-        image.numpy().tobytes() not in known for image in _images(again, 0).detach().to("cpu", batches[0].dtype)
+def _in_one_order(loader: Iterable[Any]) -> DataLoader | None:
+    """Return a DataLoader over the same images as `loader` whose every pass has the same order; None for anything else.
+
+    Which image is which cannot be told from a loader that shuffles and augments.
+    """
+    if not isinstance(loader, DataLoader) or loader.batch_size is None or isinstance(loader.dataset, IterableDataset):
+        return None
+    order = list(loader.sampler)
+    if loader.drop_last:
+        order = order[: len(order) // loader.batch_size * loader.batch_size]
+    return DataLoader(
+        loader.dataset,
+        loader.batch_size,
+        sampler=order,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
     )
 
 
+def _is_random(loader: DataLoader) -> bool:
+    """Say whether two passes of `loader`, which has one order, begin with different images."""
+    first, second = (_images(next(iter(loader)), 0) for _ in range(2))
+    return not torch.equal(first, second)
+
+
+def check_seed(seed: object) -> int:
+    """Return `seed` as an int, or raise ConfigError unless it is a whole number from 0 to 2^63 - 1."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
+        raise ConfigError(f"{seed!r} is no seed", where="seed", fix="Use a whole number from 0 to 2**63 - 1")
+    return int(seed)
+
+
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of torch, numpy and Python inside the block, and put their states back behind it.
+def seeded(seed: int, loader: object = None) -> Iterator[None]:
+    """Seed the global generators of torch, numpy and Python and those of `loader` inside the block; put their states back behind it.
 
     Everything inside fxquant draws from generators of its own; this is for the loader, whose shuffling and augmentation do not.
     """
-    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    own = [getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None))]
+    generators = [torch.default_generator, *(generator for generator in own if isinstance(generator, torch.Generator))]
+    states = [generator.get_state() for generator in generators]
+    gpu_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
     try:
+        for generator in generators:
+            generator.manual_seed(seed)
         yield
     finally:
-        torch.set_rng_state(torch_state)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        if gpu_states:
+            torch.cuda.set_rng_state_all(gpu_states)
         np.random.set_state(numpy_state)
         random.setstate(python_state)

@@ -1,12 +1,15 @@
 """The demo: train a small residual network on scikit-learn's digits, quantize it to 4 and 2 bits, show what is left of it.
 
-Every number is measured in the run that prints it. The 597 test images are seen by nothing but the last forward passes.
+Every number is measured in the run that prints it. The 597 test images are seen by nothing but the last forward passes. It all runs on one
+thread: small layers gain nothing from more, and the numbers of a seed are the same however many cores there are.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +29,7 @@ from fxquant.recipe import Recipe
 from fxquant.record import Record
 
 TRAIN, CALIBRATION = 1200, 1024
-SETTINGS: tuple[tuple[str, int, CatSetting], ...] = (("W4A4", 4, True), ("W2A2, no CAT", 2, False), ("W2A2, CAT", 2, True))
+SETTINGS: tuple[tuple[str, int, CatSetting], ...] = (("W4A4, CAT", 4, True), ("W2A2, no CAT", 2, False), ("W2A2, CAT", 2, True))
 """Name, bits of weights and activations, and `cat` of the rows behind the float one."""
 
 
@@ -101,7 +104,7 @@ def load_digits(seed: int = 0) -> Digits:
     return Digits(images[train], labels[train], images[test], labels[test])
 
 
-def train_digits(data: Digits, epochs: int = 15, seed: int = 0, progress: bool = True) -> DigitNet:
+def train_digits(data: Digits, epochs: int = 30, seed: int = 0, progress: bool = True) -> DigitNet:
     """Return a `DigitNet` trained with momentum, a one-cycle schedule and shifts by one pixel; in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -110,8 +113,8 @@ def train_digits(data: Digits, epochs: int = 15, seed: int = 0, progress: bool =
     batches = [torch.randperm(TRAIN, generator=generator).split(48) for _ in range(epochs)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=sum(map(len, batches)))
-    for epoch in Narrator(progress).bar(batches, "train"):
-        for rows in epoch:
+    with one_thread():
+        for rows in (rows for epoch in Narrator(progress).bar(batches, "train") for rows in epoch):
             top, left = torch.randint(0, 3, (2,), generator=generator).tolist()
             images = F.pad(data.train[rows], (1, 1, 1, 1), value=data.train.min().item())[:, :, top : top + 8, left : left + 8]
             optimizer.zero_grad()
@@ -121,11 +124,22 @@ def train_digits(data: Digits, epochs: int = 15, seed: int = 0, progress: bool =
     return model.eval()
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread inside the block."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def run(
     console: Console,
     *,
     seed: int = 0,
-    epochs: int = 15,
+    epochs: int = 30,
     recipe: str | Recipe = "standard",
     out: str | Path | None = None,
     compiled: bool = False,
@@ -147,8 +161,13 @@ def run(
     """
     if epochs < 1:
         raise ConfigError(f"{epochs} epochs train nothing", where="epochs", fix="Use 1 or more")
-    recipe = Recipe.named(recipe)
-    data = load_digits(seed)
+    with one_thread():
+        return _run(console, load_digits(seed), seed, epochs, Recipe.named(recipe), out, compiled, quiet)
+
+
+def _run(
+    console: Console, data: Digits, seed: int, epochs: int, recipe: Recipe, out: str | Path | None, compiled: bool, quiet: bool
+) -> list[Score]:
     start = time.perf_counter()
     model = train_digits(data, epochs, seed, not quiet)
     trained = time.perf_counter() - start
@@ -188,8 +207,8 @@ def _score(name: str, logits: Tensor, float_logits: Tensor, data: Digits, size: 
 
 def _table(scores: list[Score], epochs: int, trained: float, quantized: float) -> Table:
     caption = (
-        f"{TRAIN:,} images to train on ({epochs} epochs, {trained:.0f} s), {CALIBRATION:,} of them to calibrate"
-        f" ({len(scores) - 1} networks, {quantized:.0f} s)"
+        f"trained on {TRAIN:,} images: {epochs} epochs, {trained:.0f} s\n"
+        f"quantized {len(scores) - 1} times with {CALIBRATION:,} of them: {quantized:.0f} s"
     )
     table = Table(title="digits: 1,797 handwritten digits, tested on 597", caption=caption)
     table.add_column("network")

@@ -19,6 +19,8 @@ from torch.fx.node import map_arg
 
 from fxquant.kinds import kind
 
+_VIEWS = frozenset({"view", "getitem"})
+
 Values = list[Any]
 """The value of one node, batch by batch."""
 
@@ -64,11 +66,17 @@ def _run(interpreter: Interpreter, node: Node, values: dict[Node, Values], index
 def peak_bytes(gm: GraphModule) -> float:
     """Return the most bytes of activations per image that `sweep` holds at once, from the traced shapes."""
     last = last_readers(gm)
+    for node in reversed(gm.graph.nodes):  # a value lives as long as the views of it
+        if kind(node) in _VIEWS and node in last:
+            for parent in node.all_input_nodes:
+                last[parent] = max(last[parent], last[node])
     live = peak = 0.0
+    dropped: dict[Node, float] = {}
     for node in gm.graph.nodes:
         live += bytes_per_image(node)
         peak = max(peak, live)
-        live -= sum(bytes_per_image(parent) for parent in node.all_input_nodes if last[parent] is node)
+        dropped[last.get(node, node)] = dropped.get(last.get(node, node), 0.0) + bytes_per_image(node)
+        live -= dropped.get(node, 0.0)
     return peak
 
 
@@ -78,11 +86,11 @@ def bytes_per_image(node: Node) -> float:
     Sizes that depend on the batch (windows of an image counted into the batch axis) are taken in proportion to it.
     """
     value = node.meta.get("val")
-    if not isinstance(value, Tensor) or kind(node) in ("constant", "view", "getitem"):
+    if not isinstance(value, Tensor) or kind(node) in _VIEWS | {"constant", "output"}:
         return 0
     image = next(other for other in node.graph.nodes if other.op == "placeholder").meta["val"]
     return value.element_size() * math.prod(_hint(size) for size in value.shape) / _hint(image.shape[0])
 
 
-def _hint(size: int | torch.SymInt) -> int:
+def _hint(size: Any) -> int:
     return size if isinstance(size, int) else size.node.hint

@@ -66,14 +66,21 @@ def called(gm: GraphModule) -> Iterator[tuple[Node, nn.Module]]:
 def fork(gm: GraphModule) -> GraphModule:
     """Return a new GraphModule with a copy of the graph that shares the leaf modules with `gm`.
 
-    Passes edit forks, so the original stays as it is, at the cost of a graph copy
+    Passes edit forks, so the original stays as it is, at the cost of a graph copy.
     """
     new = GraphModule(gm, copy.deepcopy(gm.graph), class_name=type(gm).__name__)
     new.meta = dict(gm.meta)
     for name in KEPT_ATTRIBUTES:
         if hasattr(gm, name):
             setattr(new, name, getattr(gm, name))
-    return new.train(gm.training) if new.training != gm.training else new
+    return new
+
+
+def sharing_copy(module: Any) -> Any:
+    """Return a copy that shares parameters, buffers and children with `module`, but no registry: what is set on it stays on it."""
+    new = copy.copy(module)
+    vars(new).update({name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, dict | set)})
+    return new
 
 
 def put_module(gm: GraphModule, path: str, module: nn.Module) -> None:
@@ -85,11 +92,25 @@ def put_module(gm: GraphModule, path: str, module: nn.Module) -> None:
         if not isinstance(child, nn.Module):
             child = nn.Module()
             owner.add_module(parent, child)
+        elif type(child) is not nn.Module:  # a leaf, shared with other graphs
+            child = owner._modules[parent] = sharing_copy(child)
         owner = child
     if name in owner._modules:
         owner._modules[name] = module
     else:
         owner.add_module(name, module)
+
+
+def put_constant(gm: GraphModule, path: str, value: Tensor) -> None:
+    """Set the parameter or buffer at the dotted `path`; parents are made when missing."""
+    owner_path, _, name = path.rpartition(".")
+    if owner_path and not _exists(gm, owner_path):
+        put_module(gm, owner_path, nn.Module())
+    owner = gm.get_submodule(owner_path)
+    if isinstance(value, nn.Parameter):
+        owner.register_parameter(name, value)
+    else:
+        owner.register_buffer(name, value)
 
 
 def free_path(gm: GraphModule, path: str) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.errors import ModelError, TraceError
+from fxquant.errors import CalibrationError, ConfigError, ModelError, TraceError
 from fxquant.graph import is_traced
+from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers.layers import QuantizedLayer
 from fxquant.tracing import trace
 from fxquant.tracing.leaves import unwrap
 from fxquant.tree import tensors_of
@@ -19,20 +22,46 @@ def check_network(model: nn.Module) -> nn.Module:
     """Return `model` without DataParallel and compiled wrappers.
 
     Raises:
-        ModelError: it is no module, or a parameter is half precision, not finite, or on the meta device.
+        ModelError: it is no module, is quantized already, or a parameter is half precision, complex, not finite, or on the meta device.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"is a {type(model).__name__}, not an nn.Module", where="model", fix="Pass the network itself")
     model = unwrap(model)
+    if any(isinstance(module, QuantizedLayer | UniformQuantizer) for module in model.modules()):
+        raise ModelError("is quantized already", where=type(model).__name__, fix="Pass the float network, with other bits or overrides")
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if value.is_meta:
             raise ModelError("has no data (meta device)", where=name, fix="Load weights before quantizing")
-        if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
+        if (value.is_floating_point() or value.is_complex()) and value.dtype not in (torch.float32, torch.float64):
             kind = str(value.dtype).removeprefix("torch.")
             raise ModelError(f"is {kind}; ranges are chosen in float32", where=name, fix="Pass model.float()")
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise ModelError("holds NaN or Inf", where=name, fix="Re-load the checkpoint")
+    kinds = {value.dtype: name for name, value in model.named_parameters() if value.is_floating_point()}
+    if len(kinds) > 1:
+        named = " and ".join(f"{name} {str(dtype).removeprefix('torch.')}" for dtype, name in kinds.items())
+        raise ModelError(f"mixes precisions: {named}", where=type(model).__name__, fix="Pass model.float()")
     return model
+
+
+def working_device(model: object, device: torch.device | str | None) -> torch.device:
+    """Return `device`, tried; None: where the weights of `model` are, the CPU where it shows none.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if device is None:
+        values = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+        return next((value.device for value in values), torch.device("cpu"))
+    try:
+        chosen = torch.zeros(1, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ConfigError(
+            f"{str(device)!r} cannot be used: {_first_line(error)}", where="device", fix="Use 'cpu', or leave it out"
+        ) from error
+    if chosen.type == "meta":
+        raise ConfigError("'meta' holds no data", where="device", fix="Use 'cpu', or leave it out")
+    return chosen
 
 
 def traced(model: nn.Module, images: Tensor) -> GraphModule:
@@ -43,17 +72,28 @@ def traced(model: nn.Module, images: Tensor) -> GraphModule:
         images: a batch ``[N, C, H, W]`` on the device to work on.
 
     Raises:
+        CalibrationError: the network itself fails on the images.
         ModelError: a buffer changes during a forward pass in eval mode.
         TraceError: the network cannot be traced, or the graph gives other outputs than the network.
     """
     images = images[:4]
-    if is_traced(model):
-        graph = copy.deepcopy(model).eval()
+    if isinstance(model, GraphModule) and is_traced(model):
+        example = next(node for node in model.graph.nodes if node.op == "placeholder").meta["val"]
+        if example.shape[1:] != images.shape[1:]:
+            raise CalibrationError(
+                f"has images of shape {list(images.shape[1:])}, the graph was traced for {list(example.shape[1:])}",
+                where="calib_loader",
+                fix="Call fxquant.trace with one of these images",
+            )
         _check_buffers(copy.deepcopy(model), images)
-        return graph
-    graph = trace(model, images)
-    probe = copy.deepcopy(model).eval()
-    expected = tensors_of(_check_buffers(probe, images))
+        return copy.deepcopy(model).eval()
+    try:
+        graph = trace(model, images)
+    except TraceError:
+        with contextlib.suppress(TypeError):  # forward takes other arguments than one batch: tracing says it best
+            _check_buffers(copy.deepcopy(model), images)
+        raise
+    expected = tensors_of(_check_buffers(copy.deepcopy(model), images))
     with torch.no_grad():
         got = tensors_of(graph.to(images.device)(images))
     for mine, theirs in zip(got, expected, strict=True):
@@ -71,8 +111,15 @@ def _check_buffers(probe: nn.Module, images: Tensor) -> object:
     """Run `probe`, a copy, once in eval mode and return its output."""
     probe = probe.eval().to(images.device)
     before = {name: value.clone() for name, value in probe.named_buffers()}
-    with torch.no_grad():
-        output = probe(images)
+    try:
+        with torch.no_grad():
+            output = probe(images)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise CalibrationError(
+            f"{type(probe).__name__} fails on images of shape {list(images.shape[1:])}: {_first_line(error)}",
+            where="calib_loader",
+            fix="Pass images with the channels and the size that the network was built for",
+        ) from error
     for name, value in probe.named_buffers():
         if name not in before or not torch.equal(before[name], value):
             raise ModelError(
@@ -81,3 +128,7 @@ def _check_buffers(probe: nn.Module, images: Tensor) -> object:
                 fix="Let forward leave buffers alone when self.training is False",
             )
     return output
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -55,7 +55,7 @@ _FUNCTIONS: dict[Callable, str] = {
     **_spell("conv", F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d),
     **_spell("conv_transpose", F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
     F.linear: "linear",
-    **_spell("matmul", torch.matmul, torch.bmm, operator.matmul),
+    **_spell("matmul", torch.matmul, torch.bmm, torch.mm, torch.einsum, operator.matmul),
     F.scaled_dot_product_attention: "attention",
     F.batch_norm: "batch_norm",
     F.layer_norm: "layer_norm",
@@ -105,12 +105,13 @@ _METHODS: dict[str, str] = {
     **_spell("sub", "sub", "sub_"),
     **_spell("mul", "mul", "mul_"),
     **_spell("div", "div", "div_"),
-    **_spell("matmul", "matmul", "bmm"),
+    **_spell("matmul", "matmul", "bmm", "mm", "__matmul__"),
     "softmax": "softmax",
     "mean": "mean",
     "size": "size",
-    "dropout": "dropout",
 }
+
+_TRUSTED = ("torch.", "fxquant.")
 
 _NODE_OPS = {"placeholder": "input", "output": "output", "get_attr": "constant"}
 
@@ -125,15 +126,26 @@ def kind(node: Node) -> str:
     """Return the one word for what `node` computes: ``"conv"``, ``"relu"``, ``"view"``, ...
 
     Module, functional, method and in-place spellings of an operation share a word. A norm that carries an activation inside
-    (timm's ``BatchNormAct2d``) is ``"norm_act"``. Anything unknown is ``"other"``.
+    (timm's ``BatchNormAct2d``) is ``"norm_act"``. Anything unknown, and a subclass of a weighted layer or batch norm that computes
+    something else, is ``"other"``.
     """
     if node.op in _NODE_OPS:
         return _NODE_OPS[node.op]
     if node.op == "call_module":
-        module = node.graph.owning_module.get_submodule(str(node.target))
-        if isinstance(getattr(module, "act", None), nn.Module) and any(base in _MODULES for base in type(module).__mro__):
-            return "norm_act"
-        return next((_MODULES[base] for base in type(module).__mro__ if base in _MODULES), "other")
+        owner = node.graph.owning_module
+        assert owner is not None, "the graph has no GraphModule yet"
+        return _module_kind(owner.get_submodule(str(node.target)))
     if node.op == "call_method":
         return _METHODS.get(str(node.target), "other")
     return _FUNCTIONS.get(node.target, "other") if callable(node.target) else "other"
+
+
+def _module_kind(module: nn.Module) -> str:
+    base = next((base for base in type(module).__mro__ if base in _MODULES), None)
+    if base is None:
+        return "other"
+    if isinstance(getattr(module, "act", None), nn.Module):
+        return "norm_act"
+    # A subclass from elsewhere that has its own forward may do anything with the weight.
+    own_forward = type(module).forward is not base.forward and not type(module).__module__.startswith(_TRUSTED)
+    return "other" if own_forward and _MODULES[base] in WEIGHTED | {"batch_norm"} else _MODULES[base]

@@ -102,6 +102,12 @@ class Pass(PassBase):
         """Note something the user should know about the edit; it reaches the report."""
         self.log.notes.append(text)
 
+    def __call__(self, graph_module: GraphModule) -> PassResult:
+        """Run `requires`, `call` and `ensures`, as torch's ``PassBase`` does."""
+        result = super().__call__(graph_module)
+        assert result is not None
+        return result
+
     def call(self, graph_module: GraphModule) -> PassResult:
         """Run on a fork of `graph_module`; ``modified`` is False, and the module the one given, when there was nothing to do."""
         self.log = PassLog(self.name(), self.verb)
@@ -142,7 +148,7 @@ class Pipeline:
                 gm = step(gm).graph_module
             except RuntimeError as error:
                 raise PassError(
-                    f"left a broken graph behind: {error}",
+                    f"left a broken graph behind: {str(error).splitlines()[0]}",
                     where=step.name(),
                     fix="Please report the network; fxquant.trace(model, example).print_readable() shows its graph",
                 ) from error

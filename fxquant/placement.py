@@ -128,8 +128,8 @@ def layer_name(node: Node) -> str:
 def operands(node: Node) -> list[Node]:
     """Return the nodes whose values a quantized op multiplies (not its weight, bias or mask)."""
     count = {"matmul": 2, "attention": 3}.get(kind(node), 1)
-    given = [*node.args, *node.kwargs.values()][:count]
-    return [operand for operand in given if isinstance(operand, Node)]
+    given = [operand for operand in [*node.args, *node.kwargs.values()] if isinstance(operand, Node)]
+    return given[:count]
 
 
 def source(node: Node) -> Node:
@@ -246,7 +246,8 @@ def _suggest(glob: str, names: list[str]) -> str:
     prefixes = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 1)}
     near = difflib.get_close_matches(glob.rstrip(".*"), [*names, *sorted(prefixes)], n=1, cutoff=0.3)
     hint = f"Did you mean {near[0] + '.*' if near[0] in prefixes else near[0]!r}? " if near else ""
-    return f"{hint}Layers are named {listed(names[:4])}{', ...' if len(names) > 4 else ''}"
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{hint}Layers are named {listed(names[:4])}{more}"
 
 
 def check_bits(where: str, bits: object) -> None:

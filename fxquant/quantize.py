@@ -20,10 +20,10 @@ from torch.fx import GraphModule
 from fxquant.calibration import activation_quantizers, weight_quantizers
 from fxquant.console import Narrator
 from fxquant.correction import CatSetting, append_selected, check_cat_setting
-from fxquant.data import collect, rebatch, seeded
+from fxquant.data import check_seed, collect, rebatch, seeded
 from fxquant.errors import ConfigError
 from fxquant.execution import peak_bytes
-from fxquant.inspection import check_network, traced
+from fxquant.inspection import check_network, traced, working_device
 from fxquant.passes import PREPARE, CorrectBias, Freeze, InsertFakeQuant, InsertObservers
 from fxquant.pipeline import Pipeline
 from fxquant.placement import EDGES, check_bits, place
@@ -74,9 +74,9 @@ def quantize(
         raise ConfigError("w and a are both None, so there is nothing to quantize", fix="Give bits to one of them")
     narrator = Narrator(progress)
     model = check_network(model)
-    first = next(iter([*model.parameters(), *model.buffers()]))
-    device = torch.device(device) if device is not None else first.device
-    with seeded(seed):
+    device = working_device(model, device)
+    seed = check_seed(seed)
+    with seeded(seed, calib_loader):
         loaded = collect(calib_loader, next((p.dtype for p in model.parameters()), torch.float32))
         batches = [batch.to(device) for batch in rebatch(loaded)]
         graph = traced(model, batches[0]).to(device)

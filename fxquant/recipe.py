@@ -28,7 +28,7 @@ class Recipe:
 
     name: str = "custom"
     stages: tuple[str, ...] = STAGES
-    """Which stages run, a subset of `STAGES`; the order is fixed."""
+    """Which stages run, ``"ranges"`` and any of the others of `STAGES`; the order is fixed."""
 
     weight_range: str = "lp"
     """Range estimator of weights, per output channel: ``"lp"``, ``"minmax"``, ``"percentile"``, ``"kl"``."""
@@ -69,17 +69,17 @@ class Recipe:
     STANDARD: ClassVar[Recipe]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple(self.stages))
-        for stage in self.stages:
-            _one_of("stages", stage, STAGES)
+        if isinstance(self.stages, str) or not set(self.stages) <= set(STAGES) or "ranges" not in self.stages:
+            raise ConfigError(f"{self.stages!r} are not stages", where="Recipe.stages", fix=f"Choose 'ranges' and any others of {STAGES}")
+        object.__setattr__(self, "stages", tuple(stage for stage in STAGES if stage in self.stages))
         for name in ("weight_range", "activation_range"):
-            _one_of(name, getattr(self, name), ("lp", "minmax", "percentile", "kl"))
-        _one_of("bias_gain", self.bias_gain, ("none", "spread", "regression", "balanced"))
-        _one_of("augment", self.augment, ("none", "crop", "crop+flip"))
+            _one_of(f"Recipe.{name}", getattr(self, name), ("lp", "minmax", "percentile", "kl"))
+        _one_of("Recipe.bias_gain", self.bias_gain, ("none", "spread", "regression", "balanced"))
+        _one_of("Recipe.augment", self.augment, ("none", "crop", "crop+flip"))
         for name, low, high in (
             ("weight_p", 1.0, 10.0),
             ("activation_p", 1.0, 10.0),
-            ("percentile", 0.5, 1.0),
+            ("percentile", 0.501, 1.0),
             ("cat_alpha", 0.0, 1.0),
             ("memory_gib", 0.001, 10_000.0),
             ("bias_images", 1, 10**9),
@@ -88,9 +88,15 @@ class Recipe:
             ("cat_clusters", 1, 10**6),
             ("cat_pca", 0, 10**6),
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise ConfigError(f"{value!r} is outside {low} to {high}", where=f"Recipe.{name}", fix="Choose a value inside")
+            value, kinds = getattr(self, name), int if isinstance(low, int) else int | float
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+                what = "whole number" if kinds is int else "number"
+                raise ConfigError(f"{value!r} is no {what} from {low} to {high}", where=f"Recipe.{name}", fix="Choose one")
+        for name in ("weight_symmetric", "activation_symmetric"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{getattr(self, name)!r} is no truth value", where=f"Recipe.{name}", fix="Use True or False")
+        if not isinstance(self.name, str):
+            raise ConfigError(f"{self.name!r} is no name", where="Recipe.name", fix="Use a string")
 
     @classmethod
     def named(cls, recipe: str | Recipe) -> Recipe:
@@ -98,7 +104,7 @@ class Recipe:
         if isinstance(recipe, Recipe):
             return recipe
         presets = {preset.name: preset for preset in (cls.FAST, cls.STANDARD)}
-        _one_of("recipe", recipe, presets)
+        _one_of("recipe", recipe, tuple(presets))
         return presets[recipe]
 
     def replace(self, **changes: Any) -> Recipe:
@@ -123,11 +129,18 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a TOML file with any of the fields."""
+        """Read a TOML file with any of the fields.
+
+        Raises:
+            ConfigError: the file is missing, is no TOML, or holds an unknown field or a value that cannot be meant.
+        """
         try:
-            return cls.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8")))
-        except tomllib.TOMLDecodeError as error:
+            fields = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot be read: {error.strerror}", where=str(path), fix="Check the path") from error
+        except ValueError as error:
             raise ConfigError(f"is no TOML file: {error}", where=str(path), fix='Write one "field = value" a line') from error
+        return cls.from_dict(fields)
 
 
 def _known(fields: Mapping[str, Any]) -> None:

@@ -17,8 +17,9 @@ from fxquant.graph import called, fingerprint
 from fxquant.metrics import sqnr
 from fxquant.pipeline import PassLog
 from fxquant.placement import Plan, layer_name
-from fxquant.quantizers.layers import QuantizedLayer
+from fxquant.quantizers.layers import QuantizedLayer, channel_axis
 from fxquant.recipe import Recipe
+from fxquant.tracing.leaves import unwrap
 
 META_KEY = "fxquant"
 """The key of ``GraphModule.meta`` under which the record is kept; it survives ``copy.deepcopy``."""
@@ -26,7 +27,10 @@ META_KEY = "fxquant"
 
 @dataclass
 class LayerRow:
-    """One line of the report: signal-to-noise in dB (None where nothing was quantized), sizes in bytes."""
+    """One line of the report: signal-to-noise in dB (None where nothing was quantized), sizes in bytes.
+
+    The signal-to-noise of a weight is that of its shape: each output channel is scaled to fit before it is measured.
+    """
 
     name: str
     kind: str
@@ -74,7 +78,7 @@ class Record:
         Raises:
             ModelError: the network was not made by fxquant.
         """
-        model = getattr(model, "_orig_mod", model)
+        model = unwrap(model) if isinstance(model, nn.Module) else model
         record = getattr(model, "meta", {}).get(META_KEY) if isinstance(model, GraphModule) else None
         if not isinstance(record, Record):
             raise ModelError(
@@ -102,7 +106,8 @@ class Record:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Record:
         """Return the record that `to_dict` wrote."""
-        rows = [LayerRow(**{key: math.inf if value == "inf" else value for key, value in row.items()}) for row in data["layers"]]
+        plain: list[dict[str, Any]] = [{key: math.inf if value == "inf" else value for key, value in row.items()} for row in data["layers"]]
+        rows = [LayerRow(**row) for row in plain]
         logs = [PassLog(**{**log, "skipped": [(where, why) for where, why in log["skipped"]]}) for log in data["passes"]]
         given = {key: data[key] for key in ("edges", "seed", "images", "input_dtype", "cat", "graph", "torch_version")}
         return cls(
@@ -131,10 +136,19 @@ def layer_rows(teacher: GraphModule, student: GraphModule, plan: Plan, batches: 
         weight_noise = None
         if isinstance(mine, QuantizedLayer) and theirs is not None:
             assert isinstance(theirs.weight, Tensor)
-            weight_noise = sqnr(theirs.weight.detach(), mine.used_weight().detach())
+            weight_noise = sqnr(theirs.weight.detach(), _without_gain(theirs.weight.detach(), mine))
         sizes = stored_bytes(mine), stored_bytes(theirs)
         rows.append(LayerRow(name, layer.kind, layer.w, layer.a, layer.edge, weight_noise, noise.get(name), *sizes))
     return rows
+
+
+def _without_gain(weight: Tensor, layer: QuantizedLayer) -> Tensor:
+    """Return the weight of `layer` with each output channel scaled to fit `weight` best: corrections scale channels on purpose."""
+    axis = channel_axis(layer)
+    mine = layer.used_weight().detach()
+    others = [other for other in range(weight.ndim) if other != axis]
+    gain = (mine * weight).sum(others, keepdim=True) / (mine * mine).sum(others, keepdim=True).clamp_min(1e-30)
+    return gain * mine
 
 
 def stored_bytes(module: nn.Module | None) -> int:

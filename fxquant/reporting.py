@@ -40,7 +40,10 @@ class Report:
         return capture.get()
 
     def _layers(self) -> Table:
-        table = Table(title="layers", caption="SQNR in dB: of the weight; of the output, with all errors in front of the layer")
+        table = Table(
+            title="layers",
+            caption="SQNR in dB: of the weight, apart from a gain a channel; of the output, with all errors in front of the layer",
+        )
         for name, justify in (("layer", "left"), ("kind", "left"), ("edge", "left"), ("W", "right"), ("A", "right")):
             table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
         for name in ("weight SQNR", "output SQNR", "bytes", "float bytes"):

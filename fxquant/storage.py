@@ -11,11 +11,12 @@ graph it was made from, every name, shape and type) before a network is built fr
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.cat import CAT
-from fxquant.errors import ConfigError, StorageError
+from fxquant.errors import ConfigError, StorageError, TraceError
 from fxquant.graph import called, fingerprint, insert_behind, is_traced, put_module
+from fxquant.inspection import check_network
 from fxquant.kinds import WEIGHTED, kind
 from fxquant.packing import pack, unpack
 from fxquant.passes import PREPARE, InsertFakeQuant, InsertObservers
@@ -44,7 +46,6 @@ from fxquant.tracing.leaves import unwrap
 
 FORMAT = "fxquant"
 VERSION = 1
-_HEADER = ("record", "quantizers", "cat", "graph")
 
 
 def save(qmodel: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -61,7 +62,7 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str]) -> None:
     record = Record.from_module(qmodel)
     gm = unwrap(qmodel)
     assert isinstance(gm, GraphModule)
-    tensors = {name: value.detach().cpu() for name, value in gm.state_dict().items()}
+    tensors = {name: value.detach().cpu() for name, value in _state_of(gm).items()}
     quantizers: dict[str, Any] = {}
     cats: dict[str, list[int]] = {}
     for node, module in called(gm):
@@ -78,14 +79,13 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str]) -> None:
         qmin = QuantSpec.from_dict({key: value for key, value in spec.items() if key != "shape"}).qmin
         tensors[f"{name}.zero_point"] = (tensors[f"{name}.zero_point"] - qmin).to(torch.uint8)
     tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    parts = (record.to_dict(), quantizers, cats, record.graph)
-    header = {"format": FORMAT, "version": str(VERSION), **{k: json.dumps(v) for k, v in zip(_HEADER, parts, strict=True)}}
+    header = {"version": VERSION, "record": record.to_dict(), "quantizers": quantizers, "cat": cats, "graph": record.graph}
     header["checksum"] = _checksum(header, tensors)
-    _write(Path(path), to_bytes(tensors, header))
+    _write(Path(path), to_bytes(tensors, {FORMAT: json.dumps(header)}))
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> GraphModule:
-    """Return the quantized network in `path`, rebuilt from its float architecture; outputs are bit-identical to those of the saved one.
+    """Return the quantized network in `path`, on the CPU, rebuilt from its float architecture; outputs are bit-identical to the saved ones.
 
     Args:
         path: a file that `save` wrote.
@@ -93,15 +93,19 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> GraphModule:
 
     Raises:
         StorageError: the file is missing, damaged, truncated, foreign, of a newer version, or belongs to another architecture.
-        TraceError: `model` cannot be traced.
+        ModelError: `model` is no float network with weights.
     """
     path = Path(path)
     header, tensors = _read(path)
-    data, quantizers, cats, graph = (json.loads(header[part]) for part in _HEADER)
-    record = Record.from_dict({**data, "graph": graph})
+    quantizers, cats, graph = (header[part] for part in ("quantizers", "cat", "graph"))
+    record = Record.from_dict({**header["record"], "graph": graph})
     dtype = getattr(torch, record.input_dtype)
     example = torch.zeros(2, *record.input_shape, dtype=dtype)
-    gm = copy.deepcopy(model) if is_traced(model) else trace(copy.deepcopy(model).eval().to("cpu", dtype), example)
+    network = copy.deepcopy(check_network(model)).eval().to("cpu", dtype)
+    try:
+        gm = network if isinstance(network, GraphModule) and is_traced(network) else trace(network, example)
+    except TraceError as error:
+        raise _foreign(path, f"images of shape {list(record.input_shape)} do not go through the network ({error})") from error
     gm = Pipeline([step() for step in PREPARE]).run(gm)
     _compare_graphs(path, gm, graph)
 
@@ -149,14 +153,21 @@ def _fill(path: Path, gm: GraphModule, tensors: dict[str, Tensor], quantizers: M
             tensors |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
         if kind(node) in WEIGHTED and layer.bias is None and f"{name}.bias" in tensors:
             layer.bias = nn.Parameter(torch.empty_like(tensors[f"{name}.bias"]), requires_grad=False)
-    wanted = gm.state_dict()
+    wanted = _state_of(gm)
     for name in sorted(wanted.keys() ^ tensors.keys()):
         raise _foreign(path, f"{name} is {'missing in the file' if name in wanted else 'not part of the network'}")
     for name, value in wanted.items():
         if value.shape != tensors[name].shape:
             raise _foreign(path, f"{name} has shape {list(tensors[name].shape)}, the network wants {list(value.shape)}")
-    gm.load_state_dict(tensors, assign=True)
-    gm.requires_grad_(False)
+    for name, old in wanted.items():
+        owner, _, leaf = name.rpartition(".")
+        new = nn.Parameter(tensors[name], requires_grad=False) if isinstance(old, nn.Parameter) else tensors[name]
+        setattr(gm.get_submodule(owner), leaf, new)
+
+
+def _state_of(gm: GraphModule) -> dict[str, Tensor]:
+    """Return all tensors of `gm`, by name, those too that a state_dict leaves out (buffers that are not persistent)."""
+    return dict([*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)])
 
 
 def _compare_graphs(path: Path, gm: GraphModule, saved: list[str]) -> None:
@@ -177,32 +188,33 @@ def _foreign(path: Path, problem: str) -> StorageError:
     )
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise StorageError("is no file", where=str(path), fix="Check the path")
     try:
         with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise StorageError(
             f"is damaged, truncated, or no safetensors file ({error})", where=str(path), fix="Copy it again, or save it anew"
         ) from error
-    if header.get("format") != FORMAT:
+    if FORMAT not in metadata:
         raise StorageError("is a safetensors file, but not one of fxquant", where=str(path), fix="Load a file that fxquant.save wrote")
-    if not header.get("version", "").isdigit() or int(header["version"]) > VERSION:
-        raise StorageError(
-            f"has format version {header.get('version')}, this fxquant reads up to {VERSION}", where=str(path), fix="Upgrade fxquant"
-        )
-    if header.get("checksum") != _checksum(header, tensors):
+    try:
+        header = json.loads(metadata[FORMAT])
+        version, checksum = header["version"], header.pop("checksum")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError("is damaged: its header cannot be read", where=str(path), fix="Copy it again, or save it anew") from error
+    if version != VERSION:
+        raise StorageError(f"has format version {version!r}, this fxquant reads {VERSION}", where=str(path), fix="Upgrade fxquant")
+    if checksum != _checksum(header, tensors):
         raise StorageError("is damaged: its checksum does not match", where=str(path), fix="Copy it again, or save it anew")
     return header, tensors
 
 
-def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for part in ("version", *_HEADER):
-        digest.update(header.get(part, "").encode())
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header).encode())
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
@@ -212,10 +224,9 @@ def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 def _write(path: Path, content: bytes) -> None:
     """Write beside the file, then move over it: whoever opens `path` finds the old file or the whole new one."""
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -225,5 +236,5 @@ def _write(path: Path, content: bytes) -> None:
             f"cannot be written: {error}", where=str(path), fix="Check the folder, its permissions and the free space"
         ) from error
     finally:
-        if temporary is not None:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

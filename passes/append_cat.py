@@ -8,11 +8,11 @@ from torch.fx import GraphModule, Node
 
 from fxquant.cat import CAT
 from fxquant.errors import CATError
-from fxquant.graph import free_path, insert_behind, module_of, put_module
+from fxquant.graph import free_path, insert_behind, module_of, put_module, sharing_copy
 from fxquant.kinds import kind
 from fxquant.passes.freeze import Freeze
 from fxquant.pipeline import Pass
-from fxquant.quantizers.layers import QuantizedLayer, sharing_copy
+from fxquant.quantizers.layers import QuantizedLayer
 
 
 class AppendCAT(Pass):
@@ -23,7 +23,7 @@ class AppendCAT(Pass):
 
     With the blended ``g = 1 + alpha (gamma - 1)`` and ``h = alpha beta``, the fold is ``W' = g W``, ``b' = g b + h``; on a quantized
     weight, ``g`` goes into its scale, one a class. It needs ``g > 0`` and a linear classifier whose output nothing else reads; where that
-    does not hold the module is appended, with the reason.
+    does not hold the module is appended, with the reason. A folded classifier looks like any other, so a second run would fold again.
 
     Args:
         cat: the fitted module.
@@ -78,7 +78,8 @@ def logits_node(gm: GraphModule) -> Node | str:
     """Return the node whose value ``[N, C]`` the graph returns, or a sentence that says why there is none."""
     result = next(node for node in reversed(gm.graph.nodes) if node.op == "output").args[0]
     if not isinstance(result, Node):
-        return f"returns a {type(result).__name__}, not one tensor of logits [N, C]"
+        several = {"immutable_dict": "dict", "immutable_list": "list"}.get(type(result).__name__, type(result).__name__)
+        return f"returns a {several}, not one tensor of logits [N, C]"
     value = result.meta.get("val")
     if not isinstance(value, Tensor) or value.ndim != 2:
         shape = [size if isinstance(size, int) else "N" for size in value.shape] if isinstance(value, Tensor) else type(value).__name__

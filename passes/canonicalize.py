@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import operator
+from collections.abc import Callable
 from inspect import isfunction, signature
 
 import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from fxquant.graph import argument, bypass, is_tensor, module_of, put_module
+from fxquant.graph import argument, bypass, is_tensor, module_of, put_module, sharing_copy
 from fxquant.kinds import kind
 from fxquant.pipeline import Pass
 
-_OUT_OF_PLACE = {
+_OUT_OF_PLACE: dict[Callable, Callable] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
     operator.imul: operator.mul,
@@ -39,7 +39,7 @@ class Canonicalize(Pass):
         y = relu_(x); z = x + y                     =>     y = relu(x); z = y + y
 
     so that a quantizer put behind ``x`` cannot be overwritten. In-place writes into a view (a chunk, a slice) reach the tensor it views;
-    these stay as they are, with a reason.
+    these stay as they are, with a reason. Inputs given by keyword, ``relu(input=x)``, become positional, as every other pass expects.
     """
 
     preserves_output = True
@@ -47,6 +47,9 @@ class Canonicalize(Pass):
 
     def run(self, gm: GraphModule) -> None:
         for node in list(gm.graph.nodes):
+            if not node.args and "input" in node.kwargs and kind(node) != "other":
+                node.kwargs, node.args = {name: v for name, v in node.kwargs.items() if name != "input"}, (node.kwargs["input"],)
+                self.changed()
             if _does_nothing(node):
                 bypass(node, node.args[0])
                 self.changed()
@@ -67,7 +70,7 @@ def _does_nothing(node: Node) -> bool:
         return False
     if node.op == "call_module":
         return not module_of(node).training
-    return argument(node, 2, "training", True) is False
+    return argument(node, 2, "training", signature(node.target).parameters["training"].default) is False  # type: ignore[arg-type]
 
 
 def _writes(node: Node) -> bool:
@@ -92,8 +95,10 @@ def _aliasing(node: Node) -> str | None:
     """Return why the write of `node` may be seen through another tensor, or None."""
     written = node.args[0]
     assert isinstance(written, Node)
-    if written.op != "call_module" and kind(written) in ("view", "getitem", "getattr", "constant", "other"):
+    if kind(written) in ("view", "getitem", "getattr", "constant") or (kind(written) == "other" and written.op != "call_module"):
         return f"{written.name} may be a view of another tensor"
+    if _writes(written):
+        return f"{written.name} is written in place itself"
     views = [reader.name for reader in written.users if kind(reader) in ("view", "getitem")]
     return f"{written.name} is viewed by {', '.join(views)}" if views else None
 
@@ -110,12 +115,12 @@ def _write_elsewhere(gm: GraphModule, node: Node) -> None:
         if reader in later:
             reader.replace_input_with(written, node)
     if node.op == "call_module":
-        module = copy.copy(module_of(node))
-        module.inplace = False  # type: ignore[assignment]
+        module = sharing_copy(module_of(node))
+        module.inplace = False
         put_module(gm, str(node.target), module)
     elif node.op == "call_method":
         node.target = str(node.target).removesuffix("_")
-    else:
+    elif callable(node.target):
         if _inplace_argument(node) and "inplace" not in node.kwargs:
             bound = signature(node.target).bind(*node.args)
             node.args = tuple(value for name, value in bound.arguments.items() if name != "inplace")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.graph import bypass, module_of, put_module, readers
+from fxquant.graph import bypass, module_of, put_module, readers, sharing_copy
 from fxquant.kinds import WEIGHTED, kind
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.modularize_weights import ModularizeWeights
@@ -64,14 +62,14 @@ class FoldBatchNorm(Pass):
 def fold(layer: nn.Module, norm: nn.modules.batchnorm._BatchNorm) -> nn.Module:
     """Return a copy of `layer` (a convolution, transposed convolution or linear layer) that has `norm` folded in."""
     weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, Tensor) and norm.running_var is not None and norm.running_mean is not None
+    assert isinstance(weight, Tensor) and not isinstance(bias, nn.Module)
+    assert norm.running_var is not None and norm.running_mean is not None
     factor = (norm.running_var + norm.eps).rsqrt()
     if norm.weight is not None:
         factor = factor * norm.weight
     offset = -norm.running_mean if bias is None else bias - norm.running_mean
     folded_bias = factor * offset if norm.bias is None else factor * offset + norm.bias
-    new = copy.copy(layer)
-    new._parameters = dict(layer._parameters)
+    new = sharing_copy(layer)
     new.weight = nn.Parameter(_scale_outputs(layer, weight, factor), requires_grad=weight.requires_grad)
     new.bias = nn.Parameter(folded_bias, requires_grad=weight.requires_grad)
     return new

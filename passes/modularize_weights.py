@@ -108,15 +108,14 @@ def _conv(node: Node, weight: Tensor, bias: Tensor | None) -> nn.Module | Skip:
 def _batch_norm(node: Node) -> nn.Module | Skip:
     names = ("running_mean", "running_var", "weight", "bias")
     operands = [argument(node, place, name) for place, name in enumerate(names, start=1)]
-    values = [constant_of(operand) if isinstance(operand, Node) else None for operand in operands]
-    if argument(node, 5, "training", False) or values[0] is None or values[1] is None:
+    mean, var, weight, bias = values = [constant_of(operand) if isinstance(operand, Node) else None for operand in operands]
+    if argument(node, 5, "training", False) or mean is None or var is None:
         return Skip("normalizes with the statistics of the batch, not with stored ones")
     if any(isinstance(operand, Node) and value is None for operand, value in zip(operands, values, strict=True)):
         return Skip("its scale or shift is computed, not stored")
     if "val" not in node.meta or node.meta["val"].ndim not in (2, 3, 4, 5):
         return Skip("its input has an unknown number of axes")
     build = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[node.meta["val"].ndim]
-    mean, var, weight, bias = values
     if (weight is None) != (bias is None):
         return Skip("has a scale without a shift, or a shift without a scale")
     module = build(mean.numel(), eps=argument(node, 7, "eps", 1e-5), affine=weight is not None, device="meta")

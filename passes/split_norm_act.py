@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -12,7 +13,7 @@ from fxquant.graph import free_path, insert_behind, module_of, put_module
 from fxquant.kinds import kind
 from fxquant.pipeline import Pass, Skip
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 class SplitNormAct(Pass):
@@ -33,6 +34,8 @@ class SplitNormAct(Pass):
         base = next((base for base in _NORMS if isinstance(module, base)), None)
         if base is None:
             return Skip(f"{type(module).__name__} is no batch, group or layer norm")
+        if not type(module).forward.__module__.startswith("timm."):
+            return Skip(f"{type(module).__name__} has a forward of its own, which may be more than a norm and its activation")
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1 and _rank(node) > 3:
             return Skip(f"{type(module).__name__} normalizes channels of a channels-first tensor, which a plain layer norm does not")
         return module
@@ -45,7 +48,10 @@ class SplitNormAct(Pass):
             part = getattr(match, name, None)
             if isinstance(part, nn.Module) and not isinstance(part, nn.Identity):
                 part_path = free_path(gm, f"{path}_{name}")
-                put_module(gm, part_path, copy.deepcopy(part))
+                part = copy.deepcopy(part)
+                if hasattr(part, "inplace"):
+                    part.inplace = False  # type: ignore[assignment]
+                put_module(gm, part_path, part)
                 insert_behind(node, part_path)
 
 
@@ -55,9 +61,9 @@ def _rank(node: Node) -> int:
 
 def _plain(module: nn.Module) -> nn.Module:
     """Return the torch norm inside, sharing parameters and buffers."""
-    base = next(base for base in _NORMS if isinstance(module, base))
     plain: nn.Module
     if isinstance(module, _BatchNorm):
+        base: Any = next(base for base in type(module).__mro__ if base in _NORMS)
         plain = base(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
     elif isinstance(module, nn.GroupNorm):
         plain = nn.GroupNorm(module.num_groups, module.num_channels, module.eps, module.affine)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.graph import called, free_path, put_module
+from fxquant.graph import called, constant_of, free_path, put_constant, put_module, sharing_copy
 from fxquant.pipeline import Pass
 
 
@@ -16,9 +16,10 @@ class UnshareModules(Pass):
 
         conv(x), conv(y)                            =>     conv(x), conv_1(y)
         a.weight is b.weight                        =>     b.weight is a copy
+        a(x) * a.weight.mean()                      =>     a(x) * a_weight.mean()
 
     A batch norm folded into a convolution that is called twice, or a step learned for one of two tied weights, would silently change
-    the other place too.
+    the other place too, and so would the weight of a layer that the network also reads by itself.
     """
 
     preserves_output = True
@@ -32,9 +33,7 @@ class UnshareModules(Pass):
             again = path in called_paths
             if again:
                 path = free_path(gm, path)
-                module = copy.copy(module)
-                module._parameters = dict(module._parameters)
-                module._buffers = dict(module._buffers)
+                module = sharing_copy(module)
                 put_module(gm, path, module)
                 node.target = path
                 self.changed()
@@ -42,6 +41,13 @@ class UnshareModules(Pass):
                     self.note(f"{path}: second call of a shared module, now its own copy")
             called_paths.add(path)
             self._own_parameters(gm, path, module, owners, again)
+        for node in gm.graph.nodes:
+            owner, _, name = str(node.target).rpartition(".")
+            if node.op == "get_attr" and owner in called_paths and isinstance(value := constant_of(node), Tensor):
+                node.target = free_path(gm, f"{owner}_{name}")
+                put_constant(gm, str(node.target), value)
+                self.note(f"{owner}.{name}: also read outside of its module, now {node.target} there")
+                self.changed()
 
     def _own_parameters(self, gm: GraphModule, path: str, module: nn.Module, owners: dict[int, str], already_new: bool) -> None:
         tied = [name for name, value in module.named_parameters() if id(value) in owners]

@@ -8,22 +8,22 @@ They are subclasses of torch's layers with the same attributes, so whatever know
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.graph import sharing_copy
 from fxquant.quantizers.affine import QuantSpec, UniformQuantizer
 
 
 class QuantizedLayer(nn.Module):
     """What all layers with a quantized weight share; `of` makes one from a float layer."""
 
-    weight: nn.Parameter
+    weight: Tensor
     weight_quantizer: UniformQuantizer
-    bias: nn.Parameter | None
+    bias: Tensor | None
     frozen: bool
 
     def used_weight(self) -> Tensor:
@@ -85,9 +85,11 @@ class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
         return self._conv_forward(input, self.used_weight(), self.bias)
 
 
-def _transposed(convolve: Callable[..., Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return convolve(input, self.used_weight(), self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+def _transposed(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        shape = self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
+        more = self.output_padding if output_size is None else self._output_padding(input, output_size, *shape)
+        return convolve(input, self.used_weight(), self.bias, self.stride, self.padding, more, self.groups, self.dilation)
 
     return forward
 
@@ -104,7 +106,7 @@ class QuantizedConvTranspose3d(QuantizedLayer, nn.ConvTranspose3d):
     forward = _transposed(F.conv_transpose3d)
 
 
-class QuantizedLinear(QuantizedLayer, nn.Linear):
+class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.used_weight(), self.bias)
 
@@ -128,11 +130,3 @@ def channel_axis(layer: nn.Module) -> int:
 def weight_spec(layer: nn.Module, bits: int, symmetric: bool = False) -> QuantSpec:
     """Return the grid of `layer`'s weight: per output channel; signed where symmetric, else unsigned with a zero-point."""
     return QuantSpec(bits, signed=symmetric, symmetric=symmetric, axis=channel_axis(layer))
-
-
-def sharing_copy(module: Any) -> Any:
-    """Return a shallow copy with registries of its own, so that setting an attribute on it does not reach `module`."""
-    new = copy.copy(module)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        setattr(new, registry, dict(getattr(module, registry)))
-    return new

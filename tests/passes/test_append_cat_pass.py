@@ -1,0 +1,92 @@
+"""AppendCAT: a module behind the logits, or, with one cluster, nothing but other numbers in the classifier."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nets import Net, apply, classes, images, names, prepared
+from test_contract import some_cat
+from test_insert_fake_quant import quantized
+from torch import nn
+
+from fxquant.cat import CAT
+from fxquant.errors import CATError
+from fxquant.graph import called
+from fxquant.passes import AppendCAT, Freeze
+
+FLOAT = torch.float32
+
+
+def test_appended_behind_the_logits():
+    gm = prepared("chain")
+    cat = some_cat(FLOAT, 3)
+    new, log = apply(gm, AppendCAT(cat))
+    assert (log.count, log.skipped, log.notes) == (1, [], [])
+    assert names(new) == [*names(gm)[:-1], "cat", "output"]
+    assert classes(new) - classes(gm) == {"CAT": 1}
+    assert torch.equal(new(images()), cat(gm(images())))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_cluster_is_folded_into_a_float_classifier(bias):
+    gm = prepared(Net(lambda s, x: s.fc(x.mean((2, 3))), fc=nn.Linear(3, 5, bias=bias)))
+    cat = some_cat(FLOAT, 1)
+    new, log = apply(gm, AppendCAT(cat))
+    assert (names(new), log.notes) == (names(gm), ["one cluster: folded into fc, free at inference"])
+    torch.testing.assert_close(new(images()), cat(gm(images())), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_one_cluster_is_folded_into_the_scales_of_a_quantized_classifier(freeze):
+    _, _, gm, _, _ = quantized("residual", 3, 4)
+    if freeze:
+        gm, _ = apply(gm, Freeze())
+    cat = some_cat(FLOAT, 1)
+    new, _ = apply(gm, AppendCAT(cat))
+    before, after = gm.get_submodule("fc.3"), new.get_submodule("fc.3")
+    gamma, _ = cat.affine()
+    assert torch.equal(before.codes(), after.codes())
+    torch.testing.assert_close(after.weight_quantizer.scale, gamma[0] * before.weight_quantizer.scale)
+    torch.testing.assert_close(new(images()), cat(gm(images())), rtol=1e-4, atol=1e-4)
+
+
+NEGATIVE = CAT.from_clusters(torch.tensor([[1.0, 1, -1, 1, 1]]), torch.zeros(1, 5))
+
+
+@pytest.mark.parametrize(
+    ("body", "cat", "where", "reason"),
+    [
+        (lambda s, x: s.fc(x.mean((2, 3))).relu(), None, "relu", "the logits come from relu, which is no linear layer"),
+        (lambda s, x: s.fc(x.mean((2, 3))), NEGATIVE, "fc", "a class has a factor that is not positive"),
+    ],
+)
+def test_not_folded(body, cat, where, reason):
+    cat = cat or some_cat(FLOAT, 1)
+    gm = prepared(Net(body, fc=nn.Linear(3, 5)))
+    new, log = apply(gm, AppendCAT(cat))
+    assert log.skipped == [(where, f"not folded, {reason}; appended as a module")]
+    assert classes(new)["CAT"] == 1
+    torch.testing.assert_close(new(images()), cat(gm(images())))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (lambda s, x: (x.mean((2, 3)), x), r"Net: returns a tuple, not one tensor of logits \[N, C\]. Use cat=False."),
+        (lambda s, x: {"a": x}, r"Net: returns a dict, not one tensor of logits"),
+        (lambda s, x: s.fc(x), r"Net: returns \['N', 3, 16, 5\], not logits \[N, C\]. Use cat=False."),
+        (lambda s, x: x.mean((2, 3)), r"Net: gives 3 logits, the CAT was fitted to 5. Use cat=False."),
+    ],
+)
+def test_refusals(body, message):
+    with pytest.raises(CATError, match=message):
+        apply(prepared(Net(body, fc=nn.Linear(16, 5))), AppendCAT(some_cat(FLOAT)))
+
+
+def test_a_free_name_is_taken_and_a_second_cat_refused():
+    gm = prepared(Net(lambda s, x: s.cat(x.mean((2, 3))), cat=nn.Linear(3, 5)))
+    new, log = apply(gm, AppendCAT(some_cat(FLOAT)))
+    assert [node.target for node, part in called(new) if isinstance(part, CAT)] == ["cat_1"]
+    again, log = apply(new, AppendCAT(some_cat(FLOAT)))
+    assert again is new
+    assert log.count == 0

@@ -1,0 +1,515 @@
+"""Everything a user can get wrong: a message that says what to do, and a network that stays as it was."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections import UserDict
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxquant
+from fxquant import passes
+from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers.layers import QuantizedLayer
+
+
+class Net(nn.Module):
+    """A forward and the layers it uses."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any], **layers: nn.Module):
+        super().__init__()
+        self.body = forward
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+
+def conv(inputs: int = 3, outputs: int = 8) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+def pooled(x: Tensor) -> Tensor:
+    return x.mean((2, 3))
+
+
+def classifier(forward: Callable[[Any, Tensor], Any], **layers: nn.Module) -> Net:
+    """A network with a stem `c`, a classifier `fc`, and whatever is between."""
+    torch.manual_seed(0)
+    return Net(forward, **{"c": conv(), "fc": nn.Linear(8, 10), **layers})
+
+
+@pytest.fixture
+def quantize(untouched):
+    """`fxquant.quantize`, silent, that fails the test when it leaves a trace on the network or on the images."""
+
+    def run(model: Any, loader: Any, *args: Any, **options: Any) -> torch.fx.GraphModule:
+        tensors = [batch for batch in loader if isinstance(batch, Tensor)] if isinstance(loader, list) else []
+        before = [tensor.clone() for tensor in tensors]
+        try:
+            with untouched(model if isinstance(model, nn.Module) else nn.Identity()):
+                return fxquant.quantize(model, loader, *args, **{"progress": False, "cat": False, **options})
+        finally:
+            assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, tensors, strict=True))
+
+    return run
+
+
+def check_runs(quantized: torch.fx.GraphModule, images: Tensor, classes: int = 10) -> None:
+    out = quantized(images)
+    assert out.shape == (len(images), classes)
+    assert out.isfinite().all()
+
+
+# The loader
+
+
+def test_empty_loader(quantize, net):
+    with pytest.raises(fxquant.CalibrationError, match=r"^calib_loader: yields no batch\. Check its data set"):
+        quantize(net, [])
+
+
+def test_exhausted_iterator(quantize, net, images):
+    iterator = iter(images)
+    list(iterator)
+    with pytest.raises(fxquant.CalibrationError, match="an iterator that was read before is empty, so pass the DataLoader"):
+        quantize(net, iterator)
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (None, "is a NoneType, not an iterable of batches. Pass a DataLoader or a list of tensors."),
+        (7, "is a int, not an iterable of batches"),
+        (torch.zeros(2, 3, 8, 8), "is one tensor, not an iterable of batches. Write [images] for a single batch."),
+    ],
+)
+def test_no_loader_at_all(quantize, net, loader, message):
+    with pytest.raises(fxquant.CalibrationError) as caught:
+        quantize(net, loader)
+    assert str(caught.value).startswith("calib_loader: " + message)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.zeros(3, 8, 8), "batch 1: has shape [3, 8, 8], expected [N, C, H, W]. Add the batch axis with images[None]."),
+        (torch.zeros(0, 3, 8, 8), "batch 1: has shape [0, 3, 8, 8], expected [N, C, H, W]. Yield at least one image a batch."),
+        (torch.zeros(2, 3, 9, 9), "batch 1: has images of shape [3, 9, 9], batch 0 has [3, 8, 8]. Resize all images alike."),
+        (torch.zeros(2, 3, 8, 8).byte(), "batch 1: has type uint8, expected float32. Scale to floats and normalize as in training."),
+        (torch.zeros(2, 3, 8, 8).long(), "batch 1: has type int64, expected float32. Scale to floats and normalize as in training."),
+        (torch.zeros(2, 3, 8, 8).half(), "batch 1: has type float16, expected float32. Convert with images.float()."),
+        ([], "batch 1: is empty. Yield (images, ...) or images."),
+        ("images", "batch 1: holds a str, not a tensor of images. Yield tensors [N, C, H, W]."),
+        (None, "batch 1: holds a NoneType, not a tensor of images. Yield tensors [N, C, H, W]."),
+        (torch.zeros(2, 3, 8, 8).numpy(), "batch 1: holds a ndarray, not a tensor of images. Yield tensors [N, C, H, W]."),
+        ({"video": 1, "audio": 2}, "batch 1: is a dict with the keys 'video', 'audio'. Put the images under one of 'pixel_values', "),
+    ],
+)
+def test_a_batch_that_holds_no_images(quantize, net, images, batch, message):
+    with pytest.raises(fxquant.CalibrationError) as caught:
+        quantize(net, [images[0], batch])
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "Inf"), (float("-inf"), "Inf")])
+def test_nan_and_inf_name_batch_and_image(quantize, net, images, value, word):
+    images[2][5, 1, 3, 4] = value
+    with pytest.raises(fxquant.CalibrationError, match=f"^batch 2: image 5 holds {word}. Drop or repair it; a std of 0 in Normalize"):
+        quantize(net, images)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 4, 8, 8)])
+def test_other_channels_than_the_network_takes(quantize, net, shape):
+    with pytest.raises(fxquant.CalibrationError, match=r"Residual fails on images of shape .*Pass images with the channels and the size"):
+        quantize(net, [torch.zeros(shape)])
+
+
+def test_other_size_than_the_network_takes(quantize):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)).eval()
+    with pytest.raises(fxquant.CalibrationError, match=r"Sequential fails on images of shape \[3, 9, 9\]"):
+        quantize(network, [torch.zeros(2, 3, 9, 9)])
+
+
+def test_other_size_than_the_graph_was_traced_for(quantize, net, images):
+    traced = fxquant.trace(net, torch.zeros(1, 3, 16, 16))
+    with pytest.raises(fxquant.CalibrationError, match=r"images of shape \[3, 8, 8\], the graph was traced for \[3, 16, 16\]. Call fxq"):
+        quantize(traced, images)
+
+
+class Features(UserDict):
+    """Like the batches of Hugging Face's image processors: a mapping, not a dict."""
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: (x, torch.zeros(len(x))),
+        lambda x: [x, "labels"],
+        lambda x: {"labels": torch.zeros(len(x)), "pixel_values": x},
+        lambda x: {"image": x},
+        lambda x: Features(pixel_values=x, pixel_mask=torch.ones(len(x))),
+        lambda x: ({"x": x}, 3),
+    ],
+    ids=["tuple", "list", "dict", "image key", "mapping", "tuple of a dict"],
+)
+def test_batches_in_other_wrappings(quantize, net, images, wrap):
+    expected = quantize(net, images)(images[0])
+    assert torch.equal(quantize(net, [wrap(batch) for batch in images])(images[0]), expected)
+
+
+# Few images
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_too_few_images_to_choose_a_correction(quantize, net, images, count):
+    with pytest.warns(fxquant.FxquantWarning, match=f"CAT skipped: {count} images are too few to cross-validate, 8 are enough. Pass more"):
+        quantized = quantize(net, [images[0][:count]], cat=True)
+    check_runs(quantized, images[0])
+    assert "too few" in str(fxquant.report(quantized))
+
+
+def test_fewer_images_than_clusters(quantize, net, images):
+    with pytest.raises(fxquant.CATError, match=r"40 images, augmented ones counted, are fewer than 64 clusters\. Pass more images, or ask"):
+        quantize(net, [images[0][:10]], cat="paper")
+    quantized, teacher = quantize(net, images), net
+    with pytest.raises(fxquant.CATError, match="16 images, augmented ones counted, are fewer than 64 clusters"):
+        fxquant.append_cat(quantized, teacher, images[:1], fit="moments", progress=False)
+
+
+# The network
+
+
+def test_train_mode(quantize, make_net, images):
+    network = make_net()
+    expected = quantize(network, images)(images[0])
+    network.train()
+    network.blocks[0].eval()  # a mixture must stay one too; `quantize` compares the flags of all submodules
+    with pytest.warns(fxquant.FxquantWarning, match=r"Residual is in train mode; a copy in eval mode is traced. Call model.eval"):
+        quantized = quantize(network, images)
+    assert torch.equal(quantized(images[0]), expected)
+    assert not any(module.training for module in quantized.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.complex64])
+def test_other_precision_of_weights(quantize, images, dtype):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch on complex modules
+        network = nn.Sequential(nn.Flatten(), nn.Linear(192, 10).to(dtype)).eval()
+    with pytest.raises(fxquant.ModelError, match=r"^1\.weight: is (float16|bfloat16|complex64); .* Pass model\.float\(\)\.$"):
+        quantize(network, images)
+
+
+def test_mixed_precision_of_weights(quantize, make_net, images):
+    network = make_net()
+    network.fc.double()
+    with pytest.raises(fxquant.ModelError, match=r"mixes precisions: .*float32 and fc.bias float64\. Pass model\.float\(\)"):
+        quantize(network, images)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_weights(quantize, make_net, images, value):
+    network = make_net()
+    network.fc.weight.data[3, 1] = value
+    with pytest.raises(fxquant.ModelError, match=r"^fc.weight: holds NaN or Inf. Re-load the checkpoint\.$"):
+        quantize(network, images)
+
+
+def test_nan_statistics(quantize, make_net, images):
+    network = make_net()
+    network.bn1.running_var[2] = float("nan")
+    with pytest.raises(fxquant.ModelError, match=r"^bn1.running_var: holds NaN or Inf"):
+        quantize(network, images)
+
+
+def test_meta_device(quantize, net, images):
+    with pytest.raises(fxquant.ModelError, match=r"conv1.weight: has no data \(meta device\). Load weights before quantizing"):
+        quantize(net.to("meta"), images)
+
+
+@pytest.mark.parametrize("network", [None, "resnet18", lambda x: x, nn.Conv2d])
+def test_no_module(quantize, images, network):
+    with pytest.raises(fxquant.ModelError, match=r"^model: is a .*, not an nn.Module. Pass the network itself"):
+        quantize(network, images)
+
+
+def test_quantized_already(quantize, net, images):
+    quantized = quantize(net, images)
+    with pytest.raises(fxquant.ModelError, match=r"is quantized already. Pass the float network"):
+        quantize(quantized, images)
+
+
+def test_channel_of_zeros(quantize, make_net, images):
+    network = make_net()
+    network.conv1.weight.data[2] = 0
+    network.fc.weight.data[3] = 0
+    quantized = quantize(network, images)
+    check_runs(quantized, images[0])
+    assert quantized.fc.weight[3].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda net, x: net.c(x) * 0 + 2,
+        lambda net, x: -F.relu(net.c(x)) - 1,
+        lambda net, x: F.relu(net.c(x) - 1000),
+        lambda net, x: net.c(x) * 0 - 3,
+    ],
+    ids=["constant", "all negative", "always zero", "negative constant"],
+)
+@pytest.mark.parametrize("method", ["lp", "minmax", "percentile", "kl"])
+def test_degenerate_activations(quantize, images, between, method):
+    network = classifier(lambda net, x: net.fc(pooled(net.c2(between(net, x)))), c2=conv(8, 8))
+    quantized = quantize(network, images, 8, 8, recipe=fxquant.Recipe.FAST.replace(activation_range=method))
+    check_runs(quantized, images[0])
+    wanted, got = network(images[0]), quantized(images[0])
+    assert (got - wanted).abs().max() < 0.1 * wanted.abs().max()
+
+
+def test_a_branch_that_nothing_reads(quantize, images):
+    network = classifier(lambda net, x: (net.dead(x), net.fc(pooled(net.c(x))))[1], dead=conv(), unused=conv(8, 8))
+    quantized = quantize(network, images)
+    check_runs(quantized, images[0])
+    assert [row.name for row in fxquant.report(quantized).record.layers] == ["c", "fc"]
+
+
+def test_parameters_shared_between_two_layers(quantize, images):
+    first, second = conv(8, 8), conv(8, 8)
+    second.weight = first.weight
+    network = classifier(lambda net, x: net.fc(pooled(net.c2(F.relu(net.c1(F.relu(net.c(x))))))), c1=first, c2=second)
+    quantized = quantize(network, images, 8, 8)
+    assert torch.allclose(quantized(images[0]), network(images[0]), atol=0.05)
+    assert quantized.c1.weight.data_ptr() != quantized.c2.weight.data_ptr()
+    assert "c2.weight: shared with c1.weight, now its own copy" in str(fxquant.report(quantized))
+
+
+def test_the_same_module_called_twice(quantize, images):
+    network = classifier(lambda net, x: net.fc(pooled(F.relu(net.c1(F.relu(net.c1(F.relu(net.c(x)))))))), c1=conv(8, 8))
+    quantized = quantize(network, images, 8, 8)
+    assert torch.allclose(quantized(images[0]), network(images[0]), atol=0.05)
+    assert sum(isinstance(module, QuantizedLayer) for module in quantized.modules()) == 4
+    assert "c1_1: second call of a shared module, now its own copy" in str(fxquant.report(quantized))
+
+
+@pytest.mark.parametrize("network", [nn.ReLU(), nn.Identity(), nn.BatchNorm2d(3), nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))], ids=repr)
+def test_nothing_to_quantize(quantize, images, network):
+    with pytest.raises(fxquant.ModelError, match="has no convolution or linear layer with stored weights, so there is nothing to quantize"):
+        quantize(network.eval(), images)
+
+
+class Counting(nn.Module):
+    """Changes a buffer in eval mode, in one of several ways."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how, self.fc = how, nn.Linear(192, 10)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "in place":
+            self.seen += 1
+        elif self.how == "assigned":
+            self.seen = 0.9 * self.seen + 0.1 * x.mean()
+        elif self.how == "copied":
+            self.seen.copy_(x.mean())
+        elif self.how == "new":
+            self.register_buffer("late", x.mean(), persistent=False)
+        return self.fc(x.flatten(1)) + 0 * self.seen
+
+
+@pytest.mark.parametrize("how", ["in place", "assigned", "copied", "new"])
+def test_buffers_that_change_in_eval(quantize, images, how):
+    with pytest.raises(
+        fxquant.ModelError, match=r"^buffer (seen|late): changes during a forward pass in eval mode.*Let forward leave buff"
+    ):
+        quantize(Counting(how).eval(), images)
+
+
+def test_buffers_that_stay(quantize, images):
+    check_runs(quantize(Counting("not").eval(), images), images[0])
+
+
+def test_a_network_with_two_inputs(quantize, images):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(192, 10)
+
+        def forward(self, x, y):
+            return self.fc((x + y).flatten(1))
+
+    with pytest.raises(fxquant.TraceError, match="Wrap the model in a module whose forward takes one batch of images"):
+        quantize(Two().eval(), images)
+
+
+def test_a_network_that_cannot_be_traced(quantize, images):
+    network = classifier(lambda net, x: net.fc(pooled(net.c(x))) if x.sum() > 0 else net.fc(pooled(-net.c(x))))
+    with pytest.raises(fxquant.TraceError, match=r"test_bad_input\.py:\d+: Python control flow"):
+        quantize(network, images)
+
+
+# No logits
+
+
+OUTPUTS = {
+    "4-D": (lambda net, x: net.c(x), r"['N', 8, 8, 8], not logits"),
+    "3-D": (lambda net, x: net.fc(net.c(x).flatten(2).transpose(1, 2)), "['N', 64, 10], not logits"),
+    "tuple": (lambda net, x: (net.fc(pooled(net.c(x))), net.c(x)), "a tuple, not one tensor of logits"),
+    "dict": (lambda net, x: {"logits": net.fc(pooled(net.c(x)))}, "dict, not one tensor of logits"),
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_no_logits_to_correct(quantize, images, output):
+    forward, reason = OUTPUTS[output]
+    network = classifier(forward)
+    with pytest.warns(fxquant.FxquantWarning, match=r"CAT skipped: the network returns .* Pass cat=False to silence this") as caught:
+        quantized = quantize(network, images, cat=True)
+    assert reason in str(caught[-1].message)
+    assert reason in " ".join(str(fxquant.report(quantized)).split())
+    assert type(quantized(images[0])) is type(network(images[0]))
+    with pytest.raises(fxquant.CATError, match="Use cat=False, or wrap the network so that it returns logits"):
+        quantize(network, images, cat="paper")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize(network, images, cat=False)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize("bits", [0, 1, 9, -2, 2.5, 4.0, True, "2", (2, 2)])
+@pytest.mark.parametrize("name", ["w", "a"])
+def test_bits_out_of_range(quantize, net, images, name, bits):
+    with pytest.raises(fxquant.ConfigError) as caught:
+        quantize(net, images, **{name: bits})
+    assert str(caught.value) == f"{name}: {bits!r} bits are not supported. Use a whole number from 2 to 8, or None for float."
+
+
+def test_nothing_asked_for(quantize, net, images):
+    with pytest.raises(fxquant.ConfigError, match=r"w and a are both None, so there is nothing to quantize. Give bits to one of them"):
+        quantize(net, images, None, None)
+
+
+def test_float_weights_or_float_activations(quantize, net, images):
+    only_a, only_w = quantize(net, images, None, 4), quantize(net, images, 4, None)
+    assert not any(isinstance(module, QuantizedLayer) for module in only_a.modules())
+    assert any(isinstance(module, UniformQuantizer) for module in only_a.modules())
+    assert not hasattr(only_w, "activations")
+    assert all(isinstance(module, QuantizedLayer) for module in only_w.modules() if isinstance(module, nn.Conv2d | nn.Linear))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "fsat"}, "recipe: 'fsat' is not known. Use one of 'fast', 'standard'; did you mean 'fast'?"),
+        ({"recipe": {}}, "recipe: {} is not known. Use one of 'fast', 'standard'."),
+        ({"edges": "8bits"}, "edges: '8bits' is no rule. Use one of '8bit', 'brecq', 'same', 'float'; did you mean '8bit'?"),
+        ({"edges": 8}, "edges: 8 is no rule. Use one of '8bit', 'brecq', 'same', 'float'"),
+        ({"cat": "papr"}, "cat: 'papr' is no setting. Use True, False or 'paper'."),
+        ({"cat": None}, "cat: None is no setting. Use True, False or 'paper'."),
+        ({"overrides": {"block.*": {"w": 4}}}, "overrides['block.*']: matches no layer. Did you mean 'blocks.*'"),
+        ({"overrides": {"conv9": {"w": 4}}}, "overrides['conv9']: matches no layer. Did you mean 'conv1'"),
+        ({"overrides": {"conv1": 4}}, "overrides['conv1']: 4 is not a dict with the keys 'w' and 'a'. Write for example {'w': 4, 'a': 8}."),
+        ({"overrides": {"conv1": {"bits": 4}}}, "overrides['conv1']: {'bits': 4} is not a dict with the keys 'w' and 'a'."),
+        ({"overrides": {"conv1": {"w": 1}}}, "overrides['conv1']['w']: 1 bits are not supported."),
+        ({"seed": "a"}, "seed: 'a' is no seed. Use a whole number from 0 to 2**63 - 1."),
+        ({"seed": 1.5}, "seed: 1.5 is no seed."),
+        ({"seed": -1}, "seed: -1 is no seed."),
+        ({"seed": 2**63}, "seed: 9223372036854775808 is no seed."),
+        ({"device": "gpu"}, "device: 'gpu' cannot be used: "),
+        ({"device": "meta"}, "device: 'meta' holds no data. Use 'cpu', or leave it out."),
+        ({"device": 3.5}, "device: '3.5' cannot be used: "),
+    ],
+)
+def test_arguments_that_cannot_be_meant(quantize, net, images, options, message):
+    with pytest.raises(fxquant.ConfigError) as caught:
+        quantize(net, images, **options)
+    assert str(caught.value).startswith(message)
+
+
+# Devices
+
+
+def test_device_given_explicitly(quantize, net, images):
+    assert torch.equal(quantize(net, images, device="cpu")(images[0]), quantize(net, images)(images[0]))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("home", "device"), [("cuda", None), ("cpu", "cuda"), ("cuda", "cpu")])
+def test_model_and_loader_on_different_devices(quantize, net, images, home, device):
+    quantized = quantize(net.to(home), images, device=device, cat=True)
+    place = torch.device(device or home).type
+    assert {value.device.type for value in quantized.state_dict().values()} == {place}
+    check_runs(quantized, images[0].to(place))
+
+
+# A failure half-way
+
+
+STAGES = [
+    (passes.Canonicalize, "run"),
+    (passes.FoldBatchNorm, "match"),
+    (passes.InsertObservers, "run"),
+    (passes.InsertFakeQuant, "run"),
+    (passes.CorrectBias, "run"),
+    (passes.Freeze, "run"),
+    (passes.AppendCAT, "run"),
+]
+
+
+@pytest.mark.parametrize(("stage", "method"), STAGES, ids=[stage.__name__ for stage, _ in STAGES])
+def test_a_failure_half_way_leaves_the_network_alone(quantize, net, images, random_states, monkeypatch, stage, method):
+    original = getattr(stage, method)
+    calls = []
+
+    def fail(self, *args):
+        original(self, *args)  # half the work is done
+        calls.append(stage)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, method, fail)
+    monkeypatch.setattr("fxquant.correction.select_cat", chosen_for_sure)
+    before = random_states()
+    with pytest.raises(KeyboardInterrupt):
+        quantize(net, images, cat=True)
+    assert calls == [stage]
+    assert random_states() == before
+
+
+def chosen_for_sure(student: Tensor, teacher: Tensor, **_: Any) -> SimpleNamespace:
+    cat = fxquant.cat.fit_cat(student, teacher, fit="kl", clusters=1)
+    return SimpleNamespace(cat=cat, fit="kl", clusters=1, pca=0, alpha=0.4, kl_before=1.0, kl_after=0.5, table=[])
+
+
+def test_a_loader_that_fails_half_way(quantize, net, images, random_states):
+    def loader():
+        yield images[0]
+        raise OSError("no such file: 17.png")
+
+    before = random_states()
+    with pytest.raises(OSError, match=r"17\.png"):
+        quantize(net, loader())
+    assert random_states() == before
+
+
+@pytest.mark.parametrize("target", ["fxquant.quantize.place", "fxquant.quantize.layer_rows", "fxquant.correction.logits_of"])
+def test_a_failure_between_the_passes_leaves_the_network_alone(quantize, net, images, monkeypatch, target):
+    def fail(*args, **kwargs):
+        raise MemoryError(target)
+
+    module, name = target.rsplit(".", 1)
+    monkeypatch.setattr(importlib.import_module(module), name, fail)  # as a string, "fxquant.quantize" would be the function
+    with pytest.raises(MemoryError):
+        quantize(net, images, cat=True)

@@ -1,0 +1,176 @@
+"""Calibration images: batches in, checked batches and fresh views out. What is refused stands in test_bad_input.py."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import fxquant
+from fxquant.data import check_seed, collect, fresh_views, rebatch, seeded
+
+
+@pytest.fixture
+def numbered() -> list[Tensor]:
+    """12 images [1, 16, 16] in three batches: pixel (i, j) of image n holds n + i / 16 + j / 256."""
+    axis = torch.arange(16) / 16
+    return list((torch.arange(12.0)[:, None, None, None] + axis[:, None] + axis / 16).expand(12, 1, 16, 16).split(4))
+
+
+class Noisy(Dataset):
+    def __init__(self, images: Tensor):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index] + 0.1 * torch.rand(())
+
+
+def test_collect(images):
+    batches = collect(iter(images))
+    assert all(torch.equal(a, b) for a, b in zip(batches, images, strict=True))
+    assert {batch.dtype for batch in collect(images, torch.float64)} == {torch.float64}
+
+
+def test_collected_images_are_off_the_tape(images):
+    assert not collect([images[0].requires_grad_()])[0].requires_grad
+
+
+def test_rebatch(images):
+    batches = rebatch(images, 25)
+    assert [len(batch) for batch in batches] == [25, 25, 14]
+    assert torch.equal(torch.cat(batches), torch.cat(images))
+
+
+def test_shifted_views(numbered):
+    views, groups, made = fresh_views(numbered, numbered, 3, "crop", 0)
+    flat = torch.cat(views)
+    assert flat.shape == (36, 1, 16, 16)
+    assert groups.tolist() == list(range(12)) * 3
+    assert made == "3 shifted views"
+    source = torch.cat(numbered)
+    shifts = set()
+    for view, group in zip(flat, groups.tolist(), strict=True):
+        assert view.floor().eq(group).all()  # every pixel comes from the image its group names
+        down, right = divmod(round(float(view[0, 8, 8] - source[group, 0, 8, 8]) * 256), 16)
+        down, right = (down + 1, right - 16) if right > 8 else (down, right)
+        assert abs(down) <= 2
+        assert abs(right) <= 2
+        inner = view[0, 2:14, 2:14]
+        assert torch.equal(inner, source[group, 0, 2 + down : 14 + down, 2 + right : 14 + right])
+        shifts.add((down, right))
+    assert len(shifts) > 8
+
+
+def test_mirrored_views(numbered):
+    for augment, expected in (("crop", 0), ("crop+flip", 18)):
+        views, _, made = fresh_views(numbered, numbered, 3, augment, 0)
+        mirrored = sum(bool(view[0, 8, 4] > view[0, 8, 11]) for view in torch.cat(views))
+        assert abs(mirrored - expected) <= (9 if expected else 0)
+        assert ("mirrored" in made) == bool(expected)
+
+
+def test_views_depend_on_the_seed_alone(numbered):
+    first, again, other = (torch.cat(fresh_views(numbered, numbered, 2, "crop+flip", seed)[0]) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[:12], first[12:])
+
+
+def test_no_views(numbered):
+    views, groups, made = fresh_views(numbered, numbered, 4, "none", 0)
+    assert torch.equal(torch.cat(views), torch.cat(numbered))
+    assert groups.tolist() == list(range(12))
+    assert made == "the calibration images themselves"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_views_of_tiny_images(size):
+    image = torch.rand(5, 2, size, size)
+    views, _, _ = fresh_views([image], [image], 2, "crop+flip", 0)
+    assert views[0].shape == (10, 2, size, size)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_passes_of_a_loader_that_augments(numbered, shuffle, workers):
+    """Views of one image carry one number, whatever the order of the loader: the fractions tell the images apart."""
+    loader = DataLoader(Noisy(torch.cat(numbered)), 5, shuffle=shuffle, num_workers=workers)
+    with seeded(0, loader):
+        views, groups, made = fresh_views(loader, collect(loader), 2, "crop", 0)
+    names = torch.cat(views)[:, 0, 0, 0].floor().long()
+    assert made == "2 passes of the loader"
+    assert sorted(names.tolist()) == sorted(list(range(12)) * 2)
+    assert torch.equal(names[:12], names[12:])
+    assert torch.equal(groups[:12], groups[12:])
+    assert groups[:12].unique().numel() == 12
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(torch.rand(8, 1, 4, 4))
+
+
+def test_random_loaders_without_a_known_order(images):
+    """Which image is which cannot be told from such a loader, so its images are collected once and shifted."""
+    random_again = [lambda: torch.rand(4, 1, 8, 8)]
+
+    class Fresh:
+        def __iter__(self):
+            return (make() for make in random_again)
+
+    for loader in (Fresh(), DataLoader(Stream(), 4), (batch for batch in images)):
+        batches = collect(loader)
+        _, groups, made = fresh_views(loader, batches, 2, "crop", 0)
+        assert made == "2 shifted views"
+        assert len(groups) == 2 * sum(map(len, batches))
+
+
+def test_a_loader_that_only_shuffles(images):
+    loader = DataLoader(TensorDataset(torch.cat(images)), 24, shuffle=True, drop_last=True)
+    with seeded(0):
+        batches = collect(loader)
+        assert fresh_views(loader, batches, 2, "crop", 0)[2] == "2 shifted views"
+
+
+def test_seeded_puts_everything_back(random_states):
+    before = random_states()
+    with contextlib.suppress(KeyError), seeded(3):
+        torch.rand(3), np.random.rand(3), random.random()
+        raise KeyError
+    assert random_states() == before
+
+
+def test_seeded_decides():
+    draws = []
+    for seed in (3, 3, 4):
+        with seeded(seed):
+            draws.append((torch.rand(1).item(), np.random.rand(), random.random()))
+    assert draws[0] == draws[1]
+    assert all(a != b for a, b in zip(draws[0], draws[2], strict=True))
+
+
+def test_seeded_takes_the_generators_of_a_loader():
+    loader = DataLoader(TensorDataset(torch.arange(20)), 20, shuffle=True, generator=torch.Generator().manual_seed(7))
+    before = loader.generator.get_state()
+    orders = []
+    for _ in range(2):
+        with seeded(0, loader):
+            orders.append(next(iter(loader))[0].tolist())
+    assert orders[0] == orders[1]
+    assert torch.equal(loader.generator.get_state(), before)
+
+
+def test_check_seed():
+    assert check_seed(np.int64(5)) == 5
+    assert type(check_seed(np.int64(5))) is int
+    for bad in (None, "1", 1.0, True, -1, 2**63):
+        with pytest.raises(fxquant.ConfigError, match=r"^seed: .* is no seed"):
+            check_seed(bad)

@@ -1,0 +1,77 @@
+"""The examples run as they are, and explain themselves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+ZOO = """
+import torch
+from torch import nn
+
+def load_model(name):
+    torch.manual_seed(0)
+    assert name == "cifar10_resnet20"
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    return body.eval(), None
+
+def load_images(name, norm, limit=None):
+    return torch.randn(limit or 40, 3, 32, 32, generator=torch.Generator().manual_seed(len(name))), torch.arange(limit or 40) % 10
+"""
+
+
+def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run an example in a process of its own, on one thread, from another folder."""
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    command = [sys.executable, str(EXAMPLES / name), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=EXAMPLES.anchor, timeout=300)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("0*.py")))
+def test_help_shows_the_usage(name: str) -> None:
+    done = run(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"python examples/{name}" in done.stdout
+
+
+def test_quantize_digits() -> None:
+    pytest.importorskip("sklearn")
+    done = run("01_quantize_digits.py", "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    assert "bit-identical" in done.stdout
+    assert "fold_batch_norm" in done.stdout
+
+
+def test_cifar10_on_a_network_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "zoo.py").write_text(ZOO)
+    done = run("02_cifar10_resnet20.py", str(tmp_path), "--settings", "W4A4", "W2A2", "--seeds", "0", "1", "--images", "32", "--markdown")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert lines[0] == "| network | CAT | top-1 % | agreement % | KL to float |"
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["float", "W4A4", "W4A4", "W2A2", "W2A2"]
+    assert lines[-1].count("±") == 3
+
+
+def test_cifar10_says_what_it_needs(tmp_path: Path) -> None:
+    done = run("02_cifar10_resnet20.py", str(tmp_path))
+    assert done.returncode == 2
+    assert "has no zoo.py" in done.stderr
+
+
+def test_imagenet_folder_says_what_is_wrong(tmp_path: Path) -> None:
+    done = run("03_imagenet_folder.py", "resnet18", str(tmp_path / "none.pth"), str(tmp_path), str(tmp_path))
+    assert done.returncode == 1
+    assert "error: " in done.stderr and "is no file" in done.stderr
+
+
+@pytest.mark.slow
+def test_benchmark_resnet18() -> None:
+    done = run("04_benchmark_resnet18.py", "--skip-inference")
+    assert done.returncode == 0, done.stderr
+    assert "weight ranges" in done.stdout

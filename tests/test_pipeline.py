@@ -1,0 +1,126 @@
+"""Pass and Pipeline: order, logs, reasons, and what happens when a pass breaks the graph."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from nets import images, prepared, traced
+from torch.fx import GraphModule, Node
+
+from fxquant.errors import PassError
+from fxquant.passes import PREPARE, Canonicalize, FoldBatchNorm, ModularizeWeights, SplitNormAct, UnshareModules
+from fxquant.pipeline import Pass, PassLog, Pipeline, Skip
+
+
+class Double(Pass):
+    """relu(x) => 2 relu(x), but not for the last one."""
+
+    verb = "doubled"
+
+    def match(self, node: Node) -> object | Skip | None:
+        if node.target not in ("2", "6"):
+            return None
+        return Skip("the last one") if node.target == "6" else node
+
+    def rewrite(self, gm: GraphModule, node: Node, match: object) -> None:
+        assert match is node
+        with gm.graph.inserting_after(node):
+            new = gm.graph.call_function(torch.mul, (node, 2))
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        self.note("twice as large")
+
+
+class Tangle(Pass):
+    """Break the graph: let a node read a later one."""
+
+    def run(self, gm: GraphModule) -> None:
+        nodes = list(gm.graph.nodes)
+        nodes[1].args = (nodes[3],)
+        self.changed()
+
+
+class Nothing(Pass):
+    """Do nothing."""
+
+    def run(self, gm: GraphModule) -> None:
+        self.skip("somewhere", "no wish to")
+
+
+class Later(Pass):
+    after = (Double, Tangle)
+
+
+def test_match_and_rewrite():
+    gm = traced("chain")
+    step = Double()
+    result = step(gm)
+    assert (result.modified, step.log.count) == (True, 1)
+    assert step.log.skipped == [("6", "the last one")]
+    assert step.log.notes == ["twice as large"]
+    assert step.log.milliseconds > 0
+    assert result.graph_module is not gm
+    assert not torch.equal(result.graph_module(images()), gm(images()))
+
+
+def test_the_given_graph_comes_back_when_there_was_nothing_to_do():
+    gm = traced("chain")
+    step = Nothing()
+    result = step(gm)
+    assert result.graph_module is gm
+    assert not result.modified
+    assert step.log.skipped == [("somewhere", "no wish to")]
+
+
+def test_names():
+    assert [step.name() for step in (FoldBatchNorm, SplitNormAct, Double)] == ["fold_batch_norm", "split_norm_act", "double"]
+    assert type("AppendCAT", (Pass,), {}).name() == "append_cat"
+
+
+def test_order():
+    with pytest.raises(PassError, match=r"^pass 0: Later must run after Tangle. Order the passes as in fxquant.passes.PREPARE.$"):
+        Pipeline([Later(), Tangle()])
+    with pytest.raises(PassError, match="pass 1: Later must run after Double, Tangle"):
+        Pipeline([Nothing(), Later(), Double(), Tangle()])
+    with pytest.raises(PassError, match="FoldBatchNorm must run after Canonicalize, ModularizeWeights, UnshareModules, SplitNormAct"):
+        Pipeline([step() for step in reversed(PREPARE)])
+    Pipeline([Later()])  # what is needed may have run before, in another pipeline
+    Pipeline([Double(), Tangle(), Later()])
+
+
+def test_logs_and_lines():
+    said: list[PassLog] = []
+    pipeline = Pipeline([step() for step in PREPARE], said.append)
+    pipeline.run(traced("dense"))
+    assert said == pipeline.logs
+    assert [log.name for log in said] == ["canonicalize", "modularize_weights", "unshare_modules", "split_norm_act", "fold_batch_norm"]
+    assert re.fullmatch(r"canonicalize            3 cleaned                            +\d+ ms", str(said[0]))
+    assert re.fullmatch(r"fold_batch_norm         0 folded, 3 skipped                  +\d+ ms", str(said[-1]))
+    assert len({len(str(log)) for log in said}) == 1, "the lines form a table"
+
+
+def test_a_pipeline_edits_a_fork():
+    gm = traced("residual")
+    code = gm.code
+    Pipeline([Canonicalize(), ModularizeWeights(), UnshareModules(), SplitNormAct(), FoldBatchNorm()]).run(gm)
+    assert gm.code == code
+    assert code != prepared("residual").code
+
+
+def test_a_pass_that_breaks_the_graph_is_named():
+    pipeline = Pipeline([Nothing(), Tangle()])
+    with pytest.raises(
+        PassError, match=r"^tangle: left a broken graph behind: Argument '_2' of Node '_0' was used before .* Please report the network"
+    ) as caught:
+        pipeline.run(traced("chain"))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert [log.name for log in pipeline.logs] == ["nothing"]
+
+
+def test_a_pass_without_a_body_says_so():
+    with pytest.raises(NotImplementedError, match="Later has neither match nor run"):
+        Later()(traced("chain"))
+    half = type("Half", (Pass,), {"match": lambda self, node: node})
+    with pytest.raises(NotImplementedError, match="Half has neither rewrite nor run"):
+        half()(traced("chain"))

@@ -1,0 +1,279 @@
+"""Placement, node for node against the published one, and every word of the rule on a tiny net."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torchvision.models as zoo
+from nets import Net, apply, images, prepared
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxquant import trace
+from fxquant.errors import ConfigError, ModelError
+from fxquant.passes import PREPARE, InsertObservers
+from fxquant.pipeline import Pipeline
+from fxquant.placement import LayerPlan, Plan, TensorPlan, place, source
+
+
+def fold(model: nn.Module, size: int = 64) -> GraphModule:
+    return Pipeline([step() for step in PREPARE]).run(trace(model.eval(), torch.zeros(2, 3, size, size)))
+
+
+def bits(plan: Plan) -> dict[str, int]:
+    return {name: tensor.bits for name, tensor in plan.tensors.items()}
+
+
+def producers(gm: GraphModule, plan: Plan) -> list[str]:
+    """Name each quantized tensor by what made it: a module's path, or ``<block path>:add`` for a sum inside of a block."""
+    return [_producer(node) for node in gm.graph.nodes if node.name in plan.tensors]
+
+
+def _producer(node: Node) -> str:
+    if node.op == "call_module":
+        return str(node.target)
+    stack = list(node.meta["nn_module_stack"].values())
+    path = stack[-1][0] if isinstance(stack[-1], tuple) else list(node.meta["nn_module_stack"])[-1]
+    return f"{path}:add"
+
+
+def resnet(depths: list[int], relus: int) -> list[str]:
+    """The stem's ReLU, and each of a block's ReLUs, which is one module called several times; the last one closes the addition."""
+    calls = ["relu", *[f"relu_{call}" for call in range(1, relus)]]
+    return ["relu", *[f"layer{stage}.{block}.{call}" for stage, depth in enumerate(depths, 1) for block in range(depth) for call in calls]]
+
+
+def mobilenet_v2() -> list[str]:
+    """Every ReLU6, and every block's output: the addition where there is one, else the linear projection."""
+    expected, inputs = ["features.0.2"], 32
+    expected += ["features.1.conv.0.2", "features.1.conv.1"]
+    inputs, block = 16, 2
+    for channels, count, stride in ((24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1)):
+        for step in range(count):
+            adds = inputs == channels and (stride == 1 or step > 0)
+            expected += [f"features.{block}.conv.0.2", f"features.{block}.conv.1.2"]
+            expected.append(f"features.{block}:add" if adds else f"features.{block}.conv.2")
+            inputs, block = channels, block + 1
+    return [*expected, "features.18.2"]
+
+
+def regnet(depths: list[int]) -> list[str]:
+    blocks = [f"trunk_output.block{stage}.block{stage}-{block}" for stage, depth in enumerate(depths, 1) for block in range(depth)]
+    return ["stem.2", *[f"{block}.{part}" for block in blocks for part in ("f.a.2", "f.b.2", "activation")]]
+
+
+def mnasnet() -> list[str]:
+    """Every ReLU, the linear end of the separable stem, and every block's output; only the first block of a stage has no addition."""
+    expected = ["layers.2", "layers.5", "layers.6"]
+    for stage, count in zip(range(8, 14), (3, 3, 3, 2, 4, 1), strict=True):
+        for block in range(count):
+            path = f"layers.{stage}.{block}"
+            expected += [f"{path}.layers.2", f"{path}.layers.5", f"{path}:add" if block else f"{path}.layers.6"]
+    return [*expected, "layers.16"]
+
+
+NETWORKS = {
+    "resnet18": (resnet([2, 2, 2, 2], 2), "conv1", "fc"),
+    "resnet50": (resnet([3, 4, 6, 3], 3), "conv1", "fc"),
+    "mobilenet_v2": (mobilenet_v2(), "features.0.0", "classifier.1"),
+    "regnet_x_400mf": (regnet([1, 2, 7, 12]), "stem.0", "fc"),
+    "mnasnet1_0": (mnasnet(), "layers.0", "classifier.1"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_published_placement(name):
+    expected, first, last = NETWORKS[name]
+    with torch.random.fork_rng():
+        gm = fold(getattr(zoo, name)())
+    plan = place(gm, 2, 3)
+    assert producers(gm, plan) == expected
+    assert list(bits(plan).values()) == [3] * (len(expected) - 1) + [8], "only what the classifier reads has 8 bits"
+    convs = [path for path, part in gm.named_modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+    assert sorted(plan.layers) == sorted(convs)
+    assert {path: layer.w for path, layer in plan.layers.items()} == {path: 8 if path in (first, last) else 2 for path in convs}
+    assert [layer.name for layer in plan.layers.values() if layer.edge] == [first, last]
+    brecq = place(gm, 2, 3, edges="brecq")
+    assert list(bits(brecq).values()) == [8] + [3] * (len(expected) - 2) + [8], "and the stem's output"
+    assert brecq.layers == plan.layers
+    assert set(bits(place(gm, 2, 3, edges="same")).values()) == {3}
+
+
+def test_edges():
+    gm = prepared("residual")
+    first, *middle, last = place(gm, 2, 3).layers
+    for edges, outer, stem, end in (("8bit", 8, 3, 8), ("brecq", 8, 8, 8), ("same", 2, 3, 3), ("float", None, 3, None)):
+        plan = place(gm, 2, 3, edges)
+        assert [plan.layers[name].w for name in (first, *middle, last)] == [outer, *[2] * len(middle), outer]
+        inner = {"layers_0_relu": 3, "layers_0_relu_1": 3, "layers_1_relu": 3}
+        assert bits(plan) == {"stem_2": stem, **inner, **({"layers_1_relu_1": end} if end else {})}
+    assert [plan.layers[name].edge for name in (first, *middle, last)] == ["first", *[""] * len(middle), "last"]
+
+
+def test_a_network_of_one_layer_is_first_and_last():
+    plan = place(prepared(nn.Sequential(nn.Flatten(), nn.Linear(768, 5))), 2, 2)
+    assert plan.layers == {"1": LayerPlan("1", "linear", 8, 8, "first, last")}
+    assert plan.tensors == {}, "the network's input is not quantized"
+
+
+def test_float_weights_or_activations():
+    gm = prepared("chain")
+    assert {layer.w for layer in place(gm, None, 4).layers.values()} == {None}
+    assert place(gm, None, 4).tensors == place(gm, 4, 4).tensors
+    plan = place(gm, 4, None)
+    assert (plan.tensors, [layer.w for layer in plan.layers.values()]) == ({}, [8, 4, 8])
+
+
+def test_overrides():
+    gm = prepared("residual")
+    plan = place(gm, 2, 2, overrides={"layers.*": {"w": 4, "a": 4}, "layers.1.conv2": {"w": 5}, "stem.0": {"w": 3}, "fc.*": {"a": None}})
+    assert {name: layer.w for name, layer in plan.layers.items()} == {
+        "stem.0": 3,  # wins over the edge
+        "layers.0.conv1": 4,
+        "layers.0.conv2": 4,
+        "layers.1.conv1": 4,
+        "layers.1.conv2": 5,  # the later glob wins
+        "layers.1.downsample.0": 4,
+        "fc.3": 8,
+    }
+    assert bits(plan) == {"stem_2": 4, "layers_0_relu": 4, "layers_0_relu_1": 4, "layers_1_relu": 4}
+    order = place(gm, 2, 2, overrides={"layers.1.conv2": {"w": 5}, "layers.*": {"w": 4}})
+    assert order.layers["layers.1.conv2"].w == 4
+
+
+def test_a_tensor_with_several_readers_gets_the_most_bits():
+    gm = prepared("residual")
+    plan = place(gm, 2, 2, overrides={"layers.1.downsample.0": {"a": 6}})
+    assert plan.tensors["layers_0_relu_1"] == TensorPlan("layers_0_relu_1", 6, ("layers.1.conv1", "layers.1.downsample.0"))
+    assert plan.tensors["layers_0_relu"].bits == 2
+    assert place(gm, 2, 2, overrides={"layers.1.downsample.0": {"a": None}}).tensors["layers_0_relu_1"].readers == ("layers.1.conv1",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"w": 1}, "^w: 1 bits are not supported. Use a whole number from 2 to 8, or None for float.$"),
+        ({"w": 9}, "^w: 9 bits"),
+        ({"a": True}, "^a: True bits"),
+        ({"a": 2.5}, "^a: 2.5 bits"),
+        ({"a": "4"}, "^a: '4' bits"),
+        ({"edges": "8bits"}, "^edges: '8bits' is no rule. Use one of '8bit', 'brecq', 'same', 'float'; did you mean '8bit'\\?$"),
+        (
+            {"overrides": {"layers.1.conv1": {"bits": 4}}},
+            r"^overrides\['layers.1.conv1'\]: {'bits': 4} is not a dict with the keys 'w' and 'a'",
+        ),
+        ({"overrides": {"layers.1.conv1": 4}}, r"^overrides\['layers.1.conv1'\]: 4 is not a dict"),
+        ({"overrides": {"stem.0": {"w": 1}}}, r"^overrides\['stem.0'\]\['w'\]: 1 bits"),
+        (
+            {"overrides": {"layer.1.conv1": {"w": 4}}},
+            r"^overrides\['layer.1.conv1'\]: matches no layer. Did you mean 'layers.1.conv1'\? Layers are named",
+        ),
+        ({"overrides": {"layer1.*": {"w": 4}}}, r"matches no layer. Did you mean 'layers.1.\*'\? "),
+        (
+            {"overrides": {"zzz": {"w": 4}}},
+            r"matches no layer. Layers are named 'stem.0', 'layers.0.conv1', 'layers.0.conv2', 'layers.1.conv1' and 3 more\.$",
+        ),
+    ],
+)
+def test_what_cannot_be_meant(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        place(prepared("residual"), **{"w": 2, "a": 2, **arguments})
+
+
+def test_a_network_without_layers():
+    gm = prepared(Net(lambda s, x: (x @ x.transpose(-1, -2)).relu()))
+    with pytest.raises(ModelError, match=r"^Net: has no convolution or linear layer with stored weights, so there is nothing to quantize"):
+        place(gm, 2, 2)
+
+
+@pytest.mark.parametrize("name", ["residual", "attention"])
+def test_round_trip_through_json(name):
+    plan = place(prepared(name), 2, 3, "brecq")
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_every_reader_of_a_quantized_tensor_reads_the_quantized_value():
+    gm = prepared("mobile")
+    plan = place(gm, 2, 2)
+    new, _ = apply(gm, InsertObservers(plan))
+    add = next(node for node in new.graph.nodes if node.name == "add")
+    assert [parent.name for parent in add.args] == ["activations_b_6", "c_6"]
+    assert "c_6" not in plan.tensors, "what only enters a sum is not quantized"
+
+
+STEM = {"stem": nn.Conv2d(3, 4, 1), "act": nn.ReLU(), "conv": nn.Conv2d(4, 4, 1), "wide": nn.Conv2d(8, 4, 1), "fc": nn.Linear(4, 5)}
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        pytest.param(lambda s, x: s.fc(s.act(s.stem(x)).mean((2, 3))), ["act"], id="global mean: in front"),
+        pytest.param(
+            lambda s, x: s.fc(nn.functional.adaptive_avg_pool2d(s.act(s.stem(x)), 1).flatten(1)), ["act"], id="global pool: in front"
+        ),
+        pytest.param(
+            lambda s, x: s.fc(nn.functional.avg_pool2d(s.act(s.stem(x)), 16).flatten(1)), ["act"], id="pool as large as the map: in front"
+        ),
+        pytest.param(lambda s, x: s.conv(nn.functional.avg_pool2d(s.act(s.stem(x)), 2)), ["avg_pool2d"], id="local average: behind"),
+        pytest.param(lambda s, x: s.conv(nn.functional.max_pool2d(s.act(s.stem(x)), 2)), ["act"], id="maximum: in front"),
+        pytest.param(lambda s, x: s.conv(s.stem(x).chunk(2, 1)[0].repeat(1, 2, 1, 1)), ["stem"], id="chunk: the tensor it is a part of"),
+        pytest.param(lambda s, x: s.wide(torch.cat([s.act(s.stem(x)), s.stem(x)], 1)), ["cat"], id="concatenation: behind"),
+        pytest.param(
+            lambda s, x: s.conv(s.stem(x) * s.stem(x).mean((2, 3), keepdim=True).sigmoid()), ["mul"], id="squeeze-excite: the product"
+        ),
+        pytest.param(lambda s, x: s.conv(nn.functional.pad(s.act(s.stem(x)), (1, 1))), ["act"], id="padding: in front"),
+        pytest.param(lambda s, x: s.conv(nn.functional.interpolate(s.act(s.stem(x)), scale_factor=2.0)), ["act"], id="nearest: in front"),
+        pytest.param(
+            lambda s, x: s.conv(nn.functional.interpolate(s.act(s.stem(x)), scale_factor=2.0, mode="bilinear")),
+            ["interpolate"],
+            id="bilinear: behind",
+        ),
+        pytest.param(lambda s, x: s.conv(s.stem(x)) + s.stem(x), ["stem"], id="a sum at the end is float"),
+        pytest.param(
+            lambda s, x: torch.matmul(s.act(s.stem(x)), other=s.conv(x[:, :1].expand(-1, 4, -1, -1))), ["act", "conv"], id="matmul: both"
+        ),
+        pytest.param(lambda s, x: torch.einsum("bchw,bcwk->bchk", s.act(s.stem(x)), s.stem(x)), ["act", "stem_1"], id="einsum: both"),
+    ],
+)
+def test_where_a_quantizer_goes(body, expected):
+    gm = prepared(Net(body, **STEM))
+    assert list(place(gm, 2, 2).tensors) == expected
+
+
+def test_source_stops_at_the_input():
+    gm = prepared(Net(lambda s, x: s.fc(x.flatten(2).transpose(1, 2)[..., :3].mean(1)), fc=nn.Linear(3, 5)))
+    fc = next(node for node in gm.graph.nodes if node.name == "fc")
+    assert source(fc.args[0]).op == "placeholder"
+
+
+def test_shuffle_and_dense():
+    shuffle = place(prepared("shuffle"), 2, 3)
+    assert shuffle.tensors["stem_2"].readers == ("branch.0",)
+    assert list(shuffle.tensors) == ["stem_2", "branch_0", "cat"]
+    assert bits(place(prepared("dense"), 2, 3)) == {"relu": 3, "relu_1": 3, "relu_2": 8}
+
+
+def test_attention():
+    plan = place(prepared("attention"), 2, 3)
+    assert {name: tensor.readers for name, tensor in plan.tensors.items()} == {
+        "norm": ("mha.in_proj",),
+        "mha_in_proj": ("matmul", "matmul_1"),
+        "mul": ("matmul",),
+        "softmax": ("matmul_1",),
+        "matmul_1": ("mha.out_proj",),
+        "add": ("matmul_2", "matmul_3"),
+        "softmax_1": ("matmul_3",),
+        "add_1": ("fc",),
+    }
+    assert plan.layers["matmul"] == LayerPlan("matmul", "matmul", None, 3, "")
+
+
+def test_the_given_graph_is_only_read():
+    gm = prepared("residual")
+    before = str(gm.graph), gm.code
+    out = gm(images())
+    place(gm, 2, 2, overrides={"*": {"w": 4}})
+    assert (str(gm.graph), gm.code) == before
+    assert torch.equal(out, gm(images()))
