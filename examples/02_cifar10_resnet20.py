@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.metrics import agreement, kl_divergence, top1
 
-SETTINGS = ("W8A8", "W4A4", "W2A4", "W4A2", "W2A2")
+SETTINGS = ("W8A8", "W4A4", "W3A3", "W2A4", "W4A2", "W2A2")
 COLUMNS = ("network", "CAT", "top-1 %", "agreement %", "KL to float")
 
 

@@ -139,8 +139,7 @@ def append_selected(
         record.cat = {"fit": "none", "why": reason}
         return student
     views, groups, made = fresh_views(loader, images, recipe.cat_views, recipe.augment, seed)
-    views = [view.to(device) for view in views]
-    mine, theirs = (logits_of(network, views, narrator) for network in (student, teacher))
+    mine, theirs = (logits_of(network, views, narrator, device) for network in (student, teacher))
     if setting == "paper":
         cat, choice = _fitted(mine, theirs, "moments", recipe.cat_clusters, recipe.cat_pca, recipe.cat_alpha, seed)
     else:
@@ -195,15 +194,17 @@ def _too_few(images: int, folds: int = FOLDS) -> str:
 
 
 @torch.no_grad()
-def logits_of(network: Callable[[Tensor], Any], batches: list[Tensor], narrator: Narrator) -> Tensor:
-    """Return the logits of all `batches`, ``[N, C]``.
+def logits_of(
+    network: Callable[[Tensor], Any], batches: list[Tensor], narrator: Narrator, device: torch.device | str | None = None
+) -> Tensor:
+    """Return the logits of all `batches`, ``[N, C]``; each batch is moved to `device` (None: left where it is) when its turn comes.
 
     Raises:
         CATError: `network` returns anything else than one ``[N, C]`` tensor a batch.
     """
     parts = []
     for batch in narrator.bar(batches, "logits"):
-        out = network(batch)
+        out = network(batch if device is None else batch.to(device))
         if not isinstance(out, Tensor) or out.ndim != 2:
             what = f"shape {list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
             raise CATError(

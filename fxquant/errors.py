@@ -22,12 +22,15 @@ class FxquantError(Exception):
     def __init__(self, problem: str, *, where: str | None = None, fix: str | None = None):
         self.problem, self.where, self.fix = problem, where, fix
         prefix = f"{where}: " if where else ""
-        suffix = f" {fix if fix.endswith('?') else fix.rstrip('.') + '.'}" if fix else ""
-        super().__init__(f"{prefix}{problem.rstrip('.')}.{suffix}")
+        super().__init__(prefix + " ".join(_sentence(part) for part in (problem, fix) if part))
 
     def __reduce__(self):
         # Exceptions cross process borders (pytest-xdist, data loader workers) by pickling; the default would lose the keywords.
         return _rebuild, (type(self), self.problem, self.where, self.fix)
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?")) else f"{text}."
 
 
 def _rebuild(cls: type[FxquantError], problem: str, where: str | None, fix: str | None) -> FxquantError:

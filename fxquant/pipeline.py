@@ -33,14 +33,14 @@ class Skip:
 
 @dataclass
 class PassLog:
-    """What one pass did: how many places it changed, which it refused and why, and how long it took in milliseconds."""
+    """What one pass did: how many places it changed, which it refused and why, and how many milliseconds it took."""
 
     name: str
     verb: str
     count: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    milliseconds: float = 0.0
+    milliseconds: float = field(default=0.0, compare=False)
 
     def __str__(self) -> str:
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""

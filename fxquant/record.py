@@ -87,7 +87,7 @@ class Record:
         return record
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain dicts, lists, numbers and strings; infinite signal-to-noise becomes the string ``"inf"``."""
+        """Return plain dicts, lists, numbers and strings; no times (same seed, same record), infinite noise ratios as ``"inf"``."""
         rows = [{key: "inf" if value == math.inf else value for key, value in asdict(row).items()} for row in self.layers]
         return {
             "recipe": self.recipe.to_dict(),
@@ -97,7 +97,7 @@ class Record:
             "images": self.images,
             "input_shape": list(self.input_shape),
             "input_dtype": self.input_dtype,
-            "passes": [asdict(log) for log in self.passes],
+            "passes": [{key: value for key, value in asdict(log).items() if key != "milliseconds"} for log in self.passes],
             "layers": rows,
             "cat": self.cat,
             "torch_version": self.torch_version,

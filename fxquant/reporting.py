@@ -63,7 +63,7 @@ class Report:
         table.add_column("left alone, and notes", overflow="fold")
         for log in self.record.passes:
             why = [f"{where}: {reason}" for where, reason in log.skipped] + log.notes
-            table.add_row(log.name, f"{log.count} {log.verb}", f"{log.milliseconds:.0f}", "\n".join(why))
+            table.add_row(log.name, f"{log.count} {log.verb}", f"{log.milliseconds:.0f}" if log.milliseconds else "", "\n".join(why))
         return table
 
 

@@ -65,9 +65,7 @@ def test_correction_holds_on_test_images(zoo, bits):
     train, _ = zoo.load_images("cifar10_train8192", norm, 1024)
     test, labels = zoo.load_images("cifar10_test", norm)
     low = quantize(network, train[:128], bits)
-    (q, f), (test_q, test_f) = (
-        [torch.cat([n(x) for x in images.split(100)]) for n in (low, network)] for images in (train, test)
-    )
+    (q, f), (test_q, test_f) = ([torch.cat([n(x) for x in images.split(100)]) for n in (low, network)] for images in (train, test))
 
     choice = select_cat(q, f)
     corrections = {

@@ -16,8 +16,9 @@ def quantizer(bits, signed, fraction, scale, dtype):
     return UniformQuantizer(spec, torch.tensor(scale, dtype=dtype), torch.tensor(float(zero_point)))
 
 
-quantizers = st.builds(quantizer, st.integers(2, 8), st.booleans(), st.floats(0, 1), st.floats(1e-20, 1e20),
-                       st.sampled_from([torch.float32, torch.float64]))
+quantizers = st.builds(
+    quantizer, st.integers(2, 8), st.booleans(), st.floats(0, 1), st.floats(1e-20, 1e20), st.sampled_from([torch.float32, torch.float64])
+)
 seeds = st.integers(0, 2**31)
 
 
@@ -100,27 +101,41 @@ def test_spec_ranges_and_dict():
     assert spec.levels == 8
 
 
-@pytest.mark.parametrize("fields", [{"bits": 1}, {"bits": 9}, {"bits": 2.0}, {"bits": True}, {"bits": 4, "signed": 1},
-                                    {"bits": 4, "axis": "0"}, {"bits": 4, "width": 3}, {}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bits": 1},
+        {"bits": 9},
+        {"bits": 2.0},
+        {"bits": True},
+        {"bits": 4, "signed": 1},
+        {"bits": 4, "axis": "0"},
+        {"bits": 4, "width": 3},
+        {},
+    ],
+)
 def test_bad_specs_are_refused(fields):
     with pytest.raises(ConfigError):
         QuantSpec.from_dict(fields)
 
 
-@pytest.mark.parametrize(("spec", "scale", "zero_point", "message"), [
-    (QuantSpec(2), [0.0], [0], "shape"),
-    (QuantSpec(2, axis=0), 1.0, 0, "shape"),
-    (QuantSpec(2, axis=0), [1.0, 2.0], [0], "shape"),
-    (QuantSpec(2), 0.0, 0, "zero, negative"),
-    (QuantSpec(2), -1.0, 0, "zero, negative"),
-    (QuantSpec(2), float("nan"), 0, "not finite"),
-    (QuantSpec(2), float("inf"), 0, "not finite"),
-    (QuantSpec(2), 1, 0, "int64"),
-    (QuantSpec(2), 1.0, 4, "not an integer in 0..3"),
-    (QuantSpec(2), 1.0, 0.5, "not an integer in 0..3"),
-    (QuantSpec(2), 1.0, float("nan"), "not an integer in 0..3"),
-    (QuantSpec(2, signed=True, symmetric=True), 1.0, 1, "symmetric"),
-])
+@pytest.mark.parametrize(
+    ("spec", "scale", "zero_point", "message"),
+    [
+        (QuantSpec(2), [0.0], [0], "shape"),
+        (QuantSpec(2, axis=0), 1.0, 0, "shape"),
+        (QuantSpec(2, axis=0), [1.0, 2.0], [0], "shape"),
+        (QuantSpec(2), 0.0, 0, "zero, negative"),
+        (QuantSpec(2), -1.0, 0, "zero, negative"),
+        (QuantSpec(2), float("nan"), 0, "not finite"),
+        (QuantSpec(2), float("inf"), 0, "not finite"),
+        (QuantSpec(2), 1, 0, "int64"),
+        (QuantSpec(2), 1.0, 4, "not an integer in 0..3"),
+        (QuantSpec(2), 1.0, 0.5, "not an integer in 0..3"),
+        (QuantSpec(2), 1.0, float("nan"), "not an integer in 0..3"),
+        (QuantSpec(2, signed=True, symmetric=True), 1.0, 1, "symmetric"),
+    ],
+)
 def test_bad_parameters_are_refused(spec, scale, zero_point, message):
     with pytest.raises(ConfigError, match=message):
         UniformQuantizer(spec, torch.tensor(scale), torch.tensor(zero_point))

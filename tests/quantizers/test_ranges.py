@@ -57,8 +57,9 @@ def sample(kind, *shape, seed=0):
 
 
 @pytest.mark.parametrize("kind", ["normal", "relu", "negative", "skew", "cubed"])
-@pytest.mark.parametrize("spec", [QuantSpec(2, axis=0), QuantSpec(3, signed=True, axis=0), QuantSpec(2, axis=0, **SYMMETRIC),
-                                  QuantSpec(8, axis=0, **SYMMETRIC)])
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(2, axis=0), QuantSpec(3, signed=True, axis=0), QuantSpec(2, axis=0, **SYMMETRIC), QuantSpec(8, axis=0, **SYMMETRIC)]
+)
 def test_lp_on_short_rows_is_the_brute_force_optimum(kind, spec):
     x = sample(kind, 3, 40)
     q = weight_quantizer(x, spec)
@@ -167,10 +168,12 @@ def test_kl_clips_outliers_and_more_of_them_at_fewer_bits(kind):
     assert spans[0] > 1.5  # and does not collapse
 
 
-finite_rows = st.integers(1, 40).flatmap(lambda m: st.lists(
-    st.lists(st.floats(-1e3, 1e3, width=32), min_size=m, max_size=m), min_size=1, max_size=4))
+finite_rows = st.integers(1, 40).flatmap(
+    lambda m: st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=m, max_size=m), min_size=1, max_size=4)
+)
 specs = st.builds(QuantSpec, bits=st.integers(2, 8), signed=st.booleans(), axis=st.just(0)) | st.builds(
-    QuantSpec, bits=st.integers(2, 8), signed=st.just(True), symmetric=st.just(True), axis=st.just(0))
+    QuantSpec, bits=st.integers(2, 8), signed=st.just(True), symmetric=st.just(True), axis=st.just(0)
+)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -282,8 +285,9 @@ def test_a_symmetric_unsigned_grid_needs_data_without_negatives():
         weight_quantizer(x - 0.1, spec)
 
 
-@pytest.mark.parametrize("options", [{"method": "mse"}, {"p": 0}, {"p": float("nan")}, {"percentile": 1.1},
-                                     {"percentile": 0.5}, {"steps": 0}])
+@pytest.mark.parametrize(
+    "options", [{"method": "mse"}, {"p": 0}, {"p": float("nan")}, {"percentile": 1.1}, {"percentile": 0.5}, {"steps": 0}]
+)
 def test_bad_options_are_refused(options):
     with pytest.raises(ConfigError):
         estimate_range(Histogram.of(torch.randn(9)), QuantSpec(2), **options)

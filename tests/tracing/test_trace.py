@@ -488,9 +488,7 @@ def test_the_result_pickles_and_compiles() -> None:
 
 
 def test_a_wrong_number_of_channels() -> None:
-    with pytest.raises(
-        TraceError, match=r"^conv1 \(Conv2d\) at .*resnet\.py:\d+: .*3 channels.*example is \[2, 1, 64, 64\]"
-    ) as caught:
+    with pytest.raises(TraceError, match=r"^conv1 \(Conv2d\) at .*resnet\.py:\d+: .*3 channels.*example is \[2, 1, 64, 64\]") as caught:
         trace(resnet18().eval(), torch.randn(2, 1, 64, 64))
     assert "Pass an example" in str(caught.value)
     assert isinstance(caught.value.__cause__, RuntimeError)
