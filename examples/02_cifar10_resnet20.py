@@ -1,4 +1,4 @@
-"""A pretrained CIFAR-10 ResNet-20, from 8 to 2 bits, each without and with CAT.
+"""A pretrained CIFAR-10 ResNet-20, from 8 to 2 bits, stage by stage: ranges only, with corrected biases, with CAT.
 
     python examples/02_cifar10_resnet20.py PATH
     python examples/02_cifar10_resnet20.py PATH --settings W2A2 --seeds 0 1 2 --markdown
@@ -31,7 +31,8 @@ import fxquant
 from fxquant.metrics import agreement, kl_divergence, top1
 
 SETTINGS = ("W8A8", "W4A4", "W3A3", "W2A4", "W4A2", "W2A2")
-COLUMNS = ("network", "CAT", "top-1 %", "agreement %", "KL to float")
+STAGES = {"ranges": ("ranges",), "ranges, bias": ("ranges", "bias"), "ranges, bias, cat": ("ranges", "bias", "cat")}
+COLUMNS = ("network", "stages", "top-1 %", "agreement %", "KL to float")
 
 
 def main() -> None:
@@ -56,16 +57,18 @@ def main() -> None:
     images, labels = zoo.load_images("cifar10_test", norm)
     teacher = logits(model, images)
     rows = [("float", "", f"{top1(teacher, labels):.2f}", "", "")]
-    runs = [(name, cat) for name in bits for cat in (False, True)]
-    for name, cat in track(runs, "quantize and test", console=Console(stderr=True)):
+    recipe = fxquant.Recipe.named(options.recipe)
+    runs = [(name, stages) for name in bits for stages in STAGES]
+    for name, stages in track(runs, "quantize and test", console=Console(stderr=True)):
         scores = []
         for seed in options.seeds:
             w, a = bits[name]
-            qmodel = fxquant.quantize(model, calibration, w, a, cat, recipe=options.recipe, seed=seed, progress=False)
+            only = recipe.replace(stages=STAGES[stages])
+            qmodel = fxquant.quantize(model, calibration, w, a, recipe=only, seed=seed, progress=False)
             student = logits(qmodel, images)
             scores.append((top1(student, labels), agreement(student, teacher), kl_divergence(student, teacher).mean().item()))
         first, second, third = zip(*scores, strict=True)
-        rows.append((name, "yes" if cat else "no", spread(first, 2), spread(second, 2), spread(third, 4)))
+        rows.append((name, stages, spread(first, 2), spread(second, 2), spread(third, 4)))
     title = f"CIFAR-10 ResNet-20: {len(images):,} test images, {options.images:,} to calibrate, seeds {options.seeds}"
     show(rows, title, options.markdown)
 

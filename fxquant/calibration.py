@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fxquant.errors import FxquantError
 from fxquant.placement import LayerPlan, TensorPlan
 from fxquant.quantizers import HistogramObserver, QuantSpec, UniformQuantizer, activation_quantizer, weight_quantizer
 from fxquant.quantizers.layers import weight_spec
@@ -19,8 +18,7 @@ def weight_quantizers(recipe: Recipe) -> Callable[[LayerPlan, nn.Module], Unifor
     def make(plan: LayerPlan, layer: nn.Module) -> UniformQuantizer:
         assert plan.w is not None and isinstance(layer.weight, Tensor)
         spec = weight_spec(layer, plan.w, recipe.weight_symmetric)
-        with _named(plan.name):
-            return weight_quantizer(layer.weight, spec, recipe.weight_range, p=recipe.weight_p, percentile=recipe.percentile)
+        return weight_quantizer(layer.weight, spec, recipe.weight_range, where=plan.name, p=recipe.weight_p, percentile=recipe.percentile)
 
     return make
 
@@ -31,21 +29,6 @@ def activation_quantizers(recipe: Recipe) -> Callable[[TensorPlan, HistogramObse
     def make(plan: TensorPlan, observer: HistogramObserver) -> UniformQuantizer:
         signed = recipe.activation_symmetric and observer.seen and bool(observer.low < 0)
         spec = QuantSpec(plan.bits, signed=signed, symmetric=recipe.activation_symmetric)
-        with _named(plan.node):
-            return activation_quantizer(observer, spec, recipe.activation_range, p=recipe.activation_p, percentile=recipe.percentile)
+        return activation_quantizer(observer, spec, recipe.activation_range, p=recipe.activation_p, percentile=recipe.percentile)
 
     return make
-
-
-class _named:
-    """Put the layer in front of an error that does not know where it is."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, FxquantError) and error.where is None:
-            raise type(error)(error.problem, where=self.name, fix=error.fix) from error

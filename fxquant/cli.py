@@ -108,7 +108,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     parts: dict[str, list[Tensor]] = {name: [] for name in networks}
     for batch, _ in narrator.bar(folder.loader(options.batch_size, options.workers), "evaluate"):
         for name, model in networks.items():
-            parts[name].append(logits_of(model, [batch.to(device)], Narrator(False)).cpu())
+            parts[name].append(logits_of(model, [batch.to(device)]).cpu())
     logits = {name: torch.cat(batches) for name, batches in parts.items()}
     Console().print(_scores(logits, folder))
 

@@ -27,18 +27,19 @@ class Narrator:
     def passed(self, log: PassLog) -> None:
         """Print what a pass did."""
         self.console.print(str(log), markup=False)
-        for note in log.notes:
+        reasons = [f"{where}: {reason}" for where, reason in log.skipped]
+        for note in [*log.notes, *reasons[:3], *([f"... and {len(reasons) - 3} more in the report"] if len(reasons) > 3 else [])]:
             self.console.print(f"    {note}", style="dim", markup=False)
 
     def line(self, stage: str, text: str) -> None:
         """Print what a stage found."""
         self.console.print(f"{stage:24s}{text}", markup=False)
 
-    def bar(self, items: Iterable[T], stage: str) -> Iterator[T]:
-        """Yield `items` behind a bar with the time left; the bar goes away when it is full."""
+    def bar(self, items: Iterable[T], stage: str, total: int | None = None) -> Iterator[T]:
+        """Yield `items` behind a bar with the time left; `total` is their number where they do not know it. A full bar goes away."""
         if not self.progress:
             yield from items
             return
         columns = (TextColumn("{task.description:24s}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True) as bar:
-            yield from bar.track(items, total=len(items) if isinstance(items, Sized) else None, description=stage)
+            yield from bar.track(items, total=len(items) if isinstance(items, Sized) else total, description=stage)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -23,15 +23,12 @@ from fxquant.passes.append_cat import AppendCAT, logits_node
 from fxquant.recipe import Recipe
 from fxquant.record import META_KEY, Record
 
-FOLDS = 4
-"""Folds of `append_cat`'s cross-validation."""
-
 CatSetting = bool | Literal["paper"]
 
 
 def check_cat_setting(cat: object) -> None:
     """Raise ConfigError unless `cat` is True, False or ``"paper"``."""
-    if cat not in (True, False, "paper"):
+    if not isinstance(cat, bool) and not (isinstance(cat, str) and cat == "paper"):
         raise ConfigError(f"{cat!r} is no setting", where="cat", fix="Use True, False or 'paper'")
 
 
@@ -92,13 +89,14 @@ def append_cat(
     narrator = Narrator(progress)
     device = working_device(quantized, device)
     with seeded(seed, loader):
-        batches = [batch.to(device) for batch in rebatch(collect(loader, _precision_of(quantized)))]
-        mine, theirs = (logits_of(network, batches, narrator) for network in (quantized, teacher))
+        batches = rebatch(collect(loader, _precision_of(quantized)))
+        mine, theirs = logits_of_each([quantized, teacher], batches, narrator, device)
         if fit == "auto":
             if reason := _too_few(len(mine)):
                 raise CATError(reason, where="loader", fix="Pass more images, or choose a fit")
-            cat, choice = _selected(mine, theirs, None, FOLDS, seed)
+            cat, choice = _selected(mine, theirs, None, Recipe.STANDARD.cat_folds, seed)
         else:
+            _check_enough(len(mine), clusters)
             cat, choice = _fitted(mine, theirs, fit, clusters, pca, alpha, seed)
     choice |= {"views": "the images given", "images": len(mine)}
     narrator.line("cat", describe(choice))
@@ -138,8 +136,10 @@ def append_selected(
         warnings.warn(FxquantWarning(f"CAT skipped: {reason}. Pass more images, or cat=False to silence this."), stacklevel=3)
         record.cat = {"fit": "none", "why": reason}
         return student
+    if setting == "paper":
+        _check_enough(sum(map(len, images)), recipe.cat_clusters)
     views, groups, made = fresh_views(loader, images, recipe.cat_views, recipe.augment, seed)
-    mine, theirs = (logits_of(network, views, narrator, device) for network in (student, teacher))
+    mine, theirs = logits_of_each([student, teacher], views, narrator, device)
     if setting == "paper":
         cat, choice = _fitted(mine, theirs, "moments", recipe.cat_clusters, recipe.cat_pca, recipe.cat_alpha, seed)
     else:
@@ -168,12 +168,6 @@ def describe(cat: dict[str, Any]) -> str:
 
 
 def _fitted(mine: Tensor, theirs: Tensor, fit: str, clusters: int, pca: int, alpha: float, seed: int) -> tuple[CAT | None, dict[str, Any]]:
-    if len(mine) < clusters:
-        raise CATError(
-            f"{len(mine)} images, augmented ones counted, are fewer than {clusters} clusters",
-            where="cat",
-            fix="Pass more images, or ask for fewer clusters (append_cat(clusters=...), Recipe.cat_clusters)",
-        )
     cat = fit_cat(mine, theirs, fit=fit, clusters=clusters, pca=pca, alpha=alpha, seed=seed)
     before, after = (kl_divergence(logits, theirs).mean().item() for logits in (mine, cat(mine)))
     choice = {"fit": fit, "clusters": cat.clusters, "pca": pca, "alpha": alpha, "kl_before": before, "kl_after": after}
@@ -188,32 +182,48 @@ def _selected(mine: Tensor, theirs: Tensor, groups: Tensor | None, folds: int, s
     return choice.cat, {"fit": choice.fit, "clusters": choice.clusters, "pca": choice.pca, "alpha": choice.alpha, **summary}
 
 
-def _too_few(images: int, folds: int = FOLDS) -> str:
+def _check_enough(images: int, clusters: int) -> None:
+    if images < clusters:
+        raise CATError(
+            f"{images} images are fewer than {clusters} clusters",
+            where="cat",
+            fix="Pass more images, or ask for fewer clusters (append_cat(clusters=...), Recipe.cat_clusters)",
+        )
+
+
+def _too_few(images: int, folds: int = Recipe.STANDARD.cat_folds) -> str:
     """Return why so many images cannot be cross-validated, or nothing."""
     return f"{images} images are too few to cross-validate, {2 * folds} are enough" if images < 2 * folds else ""
 
 
+def logits_of(network: Callable[[Tensor], Any], batches: Iterable[Tensor]) -> Tensor:
+    """Return the logits of all `batches`, ``[N, C]``; errors as `logits_of_each`."""
+    return logits_of_each([network], batches, Narrator(False))[0]
+
+
 @torch.no_grad()
-def logits_of(
-    network: Callable[[Tensor], Any], batches: list[Tensor], narrator: Narrator, device: torch.device | str | None = None
-) -> Tensor:
-    """Return the logits of all `batches`, ``[N, C]``; each batch is moved to `device` (None: left where it is) when its turn comes.
+def logits_of_each(
+    networks: Sequence[Callable[[Tensor], Any]], batches: Iterable[Tensor], narrator: Narrator, device: torch.device | None = None
+) -> list[Tensor]:
+    """Return the logits of each network on all `batches`, ``[N, C]``, in one pass; a batch moves to `device` when its turn comes.
 
     Raises:
-        CATError: `network` returns anything else than one ``[N, C]`` tensor a batch.
+        CATError: a network returns anything else than one ``[N, C]`` tensor a batch.
     """
-    parts = []
+    parts: list[list[Tensor]] = [[] for _ in networks]
     for batch in narrator.bar(batches, "logits"):
-        out = network(batch if device is None else batch.to(device))
-        if not isinstance(out, Tensor) or out.ndim != 2:
-            what = f"shape {list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
-            raise CATError(
-                f"gives {what}, not logits [N, C]",
-                where=getattr(network, "__name__", type(network).__name__),
-                fix="CAT corrects classifier logits; wrap the network so that it returns them",
-            )
-        parts.append(out)
-    return torch.cat(parts)
+        images = batch if device is None else batch.to(device)
+        for network, outputs in zip(networks, parts, strict=True):
+            out = network(images)
+            if not isinstance(out, Tensor) or out.ndim != 2:
+                what = f"shape {list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+                raise CATError(
+                    f"gives {what}, not logits [N, C]",
+                    where=getattr(network, "__name__", type(network).__name__),
+                    fix="CAT corrects classifier logits; wrap the network so that it returns them",
+                )
+            outputs.append(out)
+    return [torch.cat(outputs) for outputs in parts]
 
 
 def _check_ready(network: object) -> None:

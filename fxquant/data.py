@@ -73,7 +73,8 @@ def _images(batch: Any, index: int) -> Tensor:
 def _check(images: Tensor, index: int, first: Tensor | None) -> None:
     where = f"batch {index}"
     if images.ndim != 4 or 0 in images.shape:
-        hint = "Add the batch axis with images[None]" if images.ndim == 3 else "Yield at least one image a batch"
+        hints = {1: "Begin a batch with the images, not with the labels", 3: "Add the batch axis with images[None]"}
+        hint = hints.get(images.ndim, "Yield at least one image a batch")
         raise CalibrationError(f"has shape {list(images.shape)}, expected [N, C, H, W]", where=where, fix=hint)
     if images.dtype not in (torch.float32, torch.float64):
         hint = "Convert with images.float()" if images.is_floating_point() else "Scale to floats and normalize as in training"
@@ -89,13 +90,36 @@ def _check(images: Tensor, index: int, first: Tensor | None) -> None:
         raise CalibrationError(f"image {which} holds {what}", where=where, fix="Drop or repair it; a std of 0 in Normalize does this")
 
 
-def rebatch(batches: list[Tensor], size: int = 64) -> list[Tensor]:
-    """Return the same images in the same order in batches of `size` (the last one may be smaller)."""
-    return list(torch.cat(batches).split(size))
+def rebatch(batches: Iterable[Tensor], size: int = 64) -> list[Tensor]:
+    """Return the same images in the same order in batches of about `size`: large ones are split (not copied), small ones joined."""
+    parts: list[Tensor] = []
+    small: list[Tensor] = []
+    for batch in batches:
+        for part in batch.split(size):
+            if small and len(part) > size // 2:
+                parts.append(torch.cat(small))
+                small = []
+            small.append(part)
+            if sum(map(len, small)) > size // 2:
+                parts.append(small[0] if len(small) == 1 else torch.cat(small))
+                small = []
+    return [*parts, torch.cat(small)] if small else parts
 
 
-def fresh_views(loader: Iterable[Any], batches: list[Tensor], views: int, augment: str, seed: int) -> tuple[list[Tensor], Tensor, str]:
-    """Return views of the calibration images that no range was chosen on.
+def first_images(batches: Iterable[Tensor], count: int, device: torch.device) -> list[Tensor]:
+    """Return the first `count` images of `batches`, on `device`."""
+    taken: list[Tensor] = []
+    for batch in batches:
+        if count > 0:
+            taken.append(batch[:count].to(device))
+        count -= len(batch)
+    return taken
+
+
+def fresh_views(loader: Iterable[Any], batches: list[Tensor], views: int, augment: str, seed: int) -> tuple[Iterable[Tensor], Tensor, str]:
+    """Return views of the calibration images that no range was chosen on, to be read once.
+
+    They are made as they are read: a batch at a time, or a pass of the loader at a time.
 
     The data set of a DataLoader that augments at random (two passes in one order differ) is passed over `views` times, in
     one order. Otherwise images are shifted (reflected at the border, by up to an eighth of the size) and, with ``"crop+flip"``, mirrored.
@@ -104,18 +128,16 @@ def fresh_views(loader: Iterable[Any], batches: list[Tensor], views: int, augmen
         batches; the source image of each view, ``[N * views]`` int64 (views of one image must not be split over folds); and how the views
         were made, for the report.
     """
-    count = sum(len(batch) for batch in batches)
+    sources = torch.arange(sum(map(len, batches)))
     repeating = _in_one_order(loader)
     if repeating is not None and _is_random(repeating):
-        passes = [collect(repeating, batches[0].dtype) for _ in range(views)]
-        if all(sum(map(len, batch)) == count for batch in passes):
-            return rebatch([b for batch in passes for b in batch]), torch.arange(count).repeat(views), f"{views} passes of the loader"
+        passes = (batch for _ in range(views) for batch in collect(repeating, batches[0].dtype))
+        return passes, sources.repeat(views), f"{views} passes of the loader"
     if augment == "none":
-        return rebatch(batches), torch.arange(count), "the calibration images themselves"
+        return batches, sources, "the calibration images themselves"
     generator = torch.Generator().manual_seed(seed)
-    images = torch.cat(batches)
-    made = [_shifted(images, augment == "crop+flip", generator) for _ in range(views)]
-    return rebatch(made), torch.arange(count).repeat(views), f"{views} {'shifted and mirrored' if 'flip' in augment else 'shifted'} views"
+    shifted = (_shifted(batch, augment == "crop+flip", generator) for _ in range(views) for batch in batches)
+    return shifted, sources.repeat(views), f"{views} {'shifted and mirrored' if 'flip' in augment else 'shifted'} views"
 
 
 def _shifted(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:

@@ -172,8 +172,7 @@ def _run(
     model = train_digits(data, epochs, seed, not quiet)
     trained = time.perf_counter() - start
     test, calibration = list(data.test.split(100)), list(data.train[:CALIBRATION].split(64))
-    silent = Narrator(False)
-    float_logits = logits_of(model, test, silent)
+    float_logits = logits_of(model, test)
     scores = [_score("float", float_logits, float_logits, data, len(safetensors.torch.save(model.state_dict())))]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -181,17 +180,17 @@ def _run(
         for name, bits, cat in Narrator(not quiet).bar(SETTINGS, "quantize"):
             qmodel = fxquant.quantize(model, calibration, bits, bits, cat, recipe=recipe, seed=seed, progress=False)
             fxquant.save(qmodel, path)
-            scores.append(_score(name, logits_of(qmodel, test, silent), float_logits, data, path.stat().st_size))
+            scores.append(_score(name, logits_of(qmodel, test), float_logits, data, path.stat().st_size))
         quantized = time.perf_counter() - start
-        logits = logits_of(qmodel, test, silent)
-        same = torch.equal(logits_of(fxquant.load(path, DigitNet()), test, silent), logits)
+        logits = logits_of(qmodel, test)
+        same = torch.equal(logits_of(fxquant.load(path, DigitNet()), test), logits)
     console.print(_table(scores, epochs, trained, quantized))
     console.print(f"CAT at 2 bits: {describe(Record.from_module(qmodel).cat)}", markup=False, highlight=False)
     verdict = "[green]bit-identical[/]" if same else "[red]different[/]"
     console.print(f"Saved, loaded again: the outputs on {len(data.test)} images are {verdict}.", highlight=False)
     if compiled:
         start = time.perf_counter()
-        error = (logits_of(torch.compile(qmodel, fullgraph=True, dynamic=True), test, silent) - logits).abs().max() / logits.abs().max()
+        error = (logits_of(torch.compile(qmodel, fullgraph=True, dynamic=True), test) - logits).abs().max() / logits.abs().max()
         seconds = time.perf_counter() - start
         console.print(f"torch.compile(fullgraph=True): {seconds:.1f} s, largest relative difference {error:.1e}.", highlight=False)
     if out is not None:

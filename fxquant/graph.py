@@ -188,6 +188,12 @@ def fingerprint(gm: GraphModule) -> list[str]:
     lines = []
     for node in gm.graph.nodes:
         target = str(node.target) if isinstance(node.target, str) else torch.typename(node.target)
-        module = repr(module_of(node)) if node.op == "call_module" else ""
+        module = _settings(module_of(node)) if node.op == "call_module" else ""
         lines.append(f"{zlib.crc32(f'{node.op} {target} {node.args} {node.kwargs} {module}'.encode()):08x}")
     return lines
+
+
+def _settings(module: nn.Module) -> str:
+    """Return class and plain attributes; not ``repr``, whose text differs between versions of torch."""
+    plain = {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str | tuple | None)}
+    return f"{type(module).__name__} {sorted((name, value) for name, value in plain.items() if name[0] != '_' and name != 'training')}"

@@ -5,7 +5,7 @@
 checks that each pass comes after the ones it needs, runs it on a fork of the graph, lints the result, times it and collects one
 `PassLog` a pass:
 
-    fold_batchnorm        52 folded, 1 skipped      3 ms
+    fold_batch_norm       52 folded, 1 skipped      3 ms
         features.18: its input conv has two readers (bn1, add_3)
 """
 
@@ -13,15 +13,28 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol, TypeVar
 
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxquant.errors import PassError
 from fxquant.graph import clean, fork
+
+T = TypeVar("T")
+
+
+class Track(Protocol):
+    """Yields `items` unchanged while it shows how many of `total` are done."""
+
+    def __call__(self, items: Iterable[T], stage: str, total: int | None = None) -> Iterable[T]: ...
+
+
+def untracked(items: Iterable[T], stage: str, total: int | None = None) -> Iterable[T]:
+    """Yield `items` and show nothing."""
+    return items
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,8 @@ class Pass(PassBase):
     """What was done, for the printed line: "52 folded"."""
 
     log: PassLog
+    track: Track = staticmethod(untracked)
+    """Wraps the long loops of a pass, for a progress bar."""
 
     @classmethod
     def name(cls) -> str:
@@ -115,7 +130,14 @@ class Pass(PassBase):
         new = fork(graph_module)
         self.run(new)
         if self.log.count:
-            clean(new)
+            try:
+                clean(new)
+            except (RuntimeError, ValueError) as error:
+                raise PassError(
+                    f"left a broken graph behind: {str(error).splitlines()[0]}",
+                    where=self.name(),
+                    fix="Please report the network; fxquant.trace(model, example).print_readable() shows its graph",
+                ) from error
         self.log.milliseconds = 1000 * (time.perf_counter() - start)
         return PassResult(new if self.log.count else graph_module, bool(self.log.count))
 
@@ -126,10 +148,11 @@ class Pipeline:
     Args:
         passes: the passes; an order against their `after` raises `PassError`.
         say: called with each `PassLog` as soon as its pass is done, for example to print it.
+        track: given to each pass, to show how far its long loops are.
     """
 
-    def __init__(self, passes: Sequence[Pass], say: Callable[[PassLog], None] | None = None):
-        self.passes, self.say = list(passes), say
+    def __init__(self, passes: Sequence[Pass], say: Callable[[PassLog], None] | None = None, track: Track = untracked):
+        self.passes, self.say, self.track = list(passes), say, track
         self.logs: list[PassLog] = []
         classes = [type(step) for step in self.passes]
         for place, step in enumerate(classes):
@@ -144,14 +167,8 @@ class Pipeline:
     def run(self, gm: GraphModule) -> GraphModule:
         """Return `gm` after all passes; `logs` holds what each did."""
         for step in self.passes:
-            try:
-                gm = step(gm).graph_module
-            except RuntimeError as error:
-                raise PassError(
-                    f"left a broken graph behind: {str(error).splitlines()[0]}",
-                    where=step.name(),
-                    fix="Please report the network; fxquant.trace(model, example).print_readable() shows its graph",
-                ) from error
+            step.track = self.track
+            gm = step(gm).graph_module
             self.logs.append(step.log)
             if self.say:
                 self.say(step.log)

@@ -22,7 +22,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import ConfigError, ModelError, listed, one_of
-from fxquant.graph import is_tensor
+from fxquant.graph import argument, is_tensor, module_of
 from fxquant.kinds import QUANTIZED, WEIGHTED, kind
 
 EDGES = {
@@ -37,7 +37,7 @@ _MOVES_VALUES = {"view", "getitem", "pad", "max_pool"}
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One quantized op: `w` bits of its weight (None: float, or no weight), `a` bits of what it reads, and its place in the network."""
+    """One quantized op: `w` bits of its weight (None: float, or none), `a` bits of what it reads (None: float), its place in the net."""
 
     name: str
     kind: str
@@ -93,12 +93,12 @@ def place(
             ``"a"`` is the precision of what the layer *reads*; a tensor with several readers gets the most bits that one of them asks for.
 
     Raises:
-        ConfigError: bits outside 2 to 8, an unknown edge rule, a glob that matches no layer.
+        ConfigError: bits outside 2 to 8, an unknown edge rule, a glob that matches no layer, nothing left to quantize.
         ModelError: nothing to quantize.
     """
     check_bits("w", w)
     check_bits("a", a)
-    if edges not in EDGES:
+    if not isinstance(edges, str) or edges not in EDGES:
         raise ConfigError(f"{edges!r} is no rule", where="edges", fix=one_of(edges, EDGES))
     ops = {layer_name(node): node for node in gm.graph.nodes if _is_quantized_op(node)}
     if not any(kind(node) in WEIGHTED for node in ops.values()):
@@ -108,15 +108,16 @@ def place(
             fix="Check fxquant.trace(model, example).print_readable(); modules named in leaf_modules stay opaque",
         )
     first, last = _edges(gm)
-    plan = Plan()
-    bits = {name: _bits_of(node, w, a, edges, node in first, node in last) for name, node in ops.items()}
+    bits = {name: _bits_of(node, w, a, edges, first, last) for name, node in ops.items()}
     for name, changes in _matched(overrides or {}, list(ops)):
         bits[name] = {**bits[name], **changes}
+    plan = Plan()
+    read = _place_tensors(plan, ops, {name: wanted["a"] for name, wanted in bits.items()})
     for name, node in ops.items():
-        has_weight = kind(node) in WEIGHTED
         edge = ", ".join(word for word, members in (("first", first), ("last", last)) if node in members)
-        plan.layers[name] = LayerPlan(name, kind(node), bits[name]["w"] if has_weight else None, bits[name]["a"], edge)
-    _place_tensors(plan, ops, first if edges == "brecq" else set())
+        plan.layers[name] = LayerPlan(name, kind(node), bits[name]["w"] if kind(node) in WEIGHTED else None, read.get(name), edge)
+    if not plan.tensors and all(layer.w is None for layer in plan.layers.values()):
+        raise ConfigError("leave every weight and activation float", where="edges and overrides", fix="Give bits to one layer at least")
     return plan
 
 
@@ -145,38 +146,49 @@ def source(node: Node) -> Node:
 def _moves_values(node: Node) -> bool:
     word = kind(node)
     if word in ("avg_pool", "mean"):
-        return _is_global_pool(node)
+        return is_global_pool(node)
     if word == "interpolate":
-        return "nearest" in repr((node.args, node.kwargs))
+        mode = module_of(node).mode if node.op == "call_module" else argument(node, 3, "mode", "nearest")
+        return str(mode).startswith("nearest")
     return word in _MOVES_VALUES
 
 
-def _is_global_pool(node: Node) -> bool:
+def is_global_pool(node: Node) -> bool:
     """A pool of a whole map leaves one value a channel (or token): the published placements quantize in front of it."""
     parent = node.args[0]
     if not isinstance(parent, Node) or not is_tensor(node) or not is_tensor(parent):
         return False
     before, after = parent.meta["val"], node.meta["val"]
-    return before.ndim >= 3 and (after.ndim < before.ndim or all(size == 1 for size in after.shape[2:]))
+    if before.ndim < 3:
+        return False
+    return after.ndim == 2 or (after.ndim == before.ndim and all(size == 1 for size in after.shape[2:]))
 
 
 def _is_quantized_op(node: Node) -> bool:
     return kind(node) in QUANTIZED and (node.op == "call_module" or kind(node) not in WEIGHTED)
 
 
-def _place_tensors(plan: Plan, ops: Mapping[str, Node], stem: set[Node]) -> None:
-    wanted: dict[Node, dict[str, int]] = {}
+def _place_tensors(plan: Plan, ops: Mapping[str, Node], wanted: Mapping[str, int | None]) -> dict[str, int]:
+    """Add the tensors that the quantized ops read to `plan`; return the bits that each op gets to read."""
+    readers: dict[Node, list[str]] = {}
     for name, node in ops.items():
-        bits = plan.layers[name].a
-        for operand in operands(node):
-            made_by = source(operand)
-            if kind(made_by) in ("input", "constant") or not is_tensor(made_by) or not made_by.meta["val"].is_floating_point():
-                continue
-            if bits is not None:
-                wanted.setdefault(made_by, {})[name] = 8 if stem and _nearest_weights(made_by) <= stem else bits
-    order = {node: place for place, node in enumerate(next(iter(ops.values())).graph.nodes)} if ops else {}
-    for node in sorted(wanted, key=order.__getitem__):
-        plan.tensors[node.name] = TensorPlan(node.name, max(wanted[node].values()), tuple(wanted[node]))
+        for made_by in _made_by(node):
+            if name not in readers.setdefault(made_by, []):
+                readers[made_by].append(name)
+    read: dict[str, int] = {}
+    for node in next(iter(ops.values())).graph.nodes:
+        asking = [name for name in readers.get(node, []) if wanted[name] is not None]
+        if asking:
+            bits = max(wanted[name] or 0 for name in asking)
+            plan.tensors[node.name] = TensorPlan(node.name, bits, tuple(asking))
+            read |= {name: max(bits, read.get(name, 0)) for name in readers[node]}
+    return read
+
+
+def _made_by(node: Node) -> list[Node]:
+    """Return the nodes that made what a quantized op reads, where those are floats computed from the network's input."""
+    sources = [source(operand) for operand in operands(node)]
+    return [s for s in sources if kind(s) not in ("input", "constant") and is_tensor(s) and s.meta["val"].is_floating_point()]
 
 
 def _nearest_weights(node: Node) -> set[Node]:
@@ -217,18 +229,20 @@ def _edges(gm: GraphModule) -> tuple[set[Node], set[Node]]:
     return first, last
 
 
-def _bits_of(node: Node, w: int | None, a: int | None, edges: str, first: bool, last: bool) -> dict[str, int | None]:
-    bits = {"w": w, "a": a}
-    if edges == "float" and (first or last):
+def _bits_of(node: Node, w: int | None, a: int | None, edges: str, first: set[Node], last: set[Node]) -> dict[str, int | None]:
+    at_edge = node in first or node in last
+    if edges == "float" and at_edge:
         return {"w": None, "a": None}
-    if edges in ("8bit", "brecq") and (first or last):
-        bits["w"] = None if w is None else 8
-        if last:
-            bits["a"] = None if a is None else 8
-    return bits
+    if edges in ("8bit", "brecq"):
+        reads_stem = edges == "brecq" and any(layers and layers <= first for layers in map(_nearest_weights, _made_by(node)))
+        w = 8 if w is not None and at_edge else w
+        a = 8 if a is not None and (node in last or reads_stem) else a
+    return {"w": w, "a": a}
 
 
 def _matched(overrides: Mapping[str, Mapping[str, int | None]], names: list[str]) -> Iterable[tuple[str, dict[str, int | None]]]:
+    if not isinstance(overrides, Mapping):
+        raise ConfigError(f"is a {type(overrides).__name__}", where="overrides", fix='Write a dict such as {"layer4.*": {"w": 4}}')
     for glob, changes in overrides.items():
         where = f"overrides[{glob!r}]"
         if not isinstance(changes, Mapping) or not set(changes) <= {"w", "a"}:

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.calibration import activation_quantizers, weight_quantizers
 from fxquant.console import Narrator
 from fxquant.correction import CatSetting, append_selected, check_cat_setting
-from fxquant.data import check_seed, collect, rebatch, seeded
+from fxquant.data import check_seed, collect, first_images, rebatch, seeded
 from fxquant.errors import ConfigError
 from fxquant.execution import peak_bytes
 from fxquant.inspection import check_network, traced, working_device
@@ -77,38 +77,36 @@ def quantize(
     device = working_device(model, device)
     seed = check_seed(seed)
     with seeded(seed, calib_loader):
-        loaded = collect(calib_loader, next((p.dtype for p in model.parameters()), torch.float32))
-        batches = [batch.to(device) for batch in rebatch(loaded)]
-        graph = traced(model, batches[0]).to(device)
+        images = rebatch(collect(calib_loader, next((p.dtype for p in model.parameters()), torch.float32)))
+        graph = traced(model, images[0].to(device)).to(device)
 
-        prepare = Pipeline([step() for step in PREPARE], narrator.passed)
+        prepare = Pipeline([step() for step in PREPARE], narrator.passed, narrator.bar)
         teacher = prepare.run(graph)
         plan = place(teacher, w, a, edges, overrides)
         narrator.line("place", f"{len(plan.layers)} layers, {len(plan.tensors)} tensors, edges {edges!r}: {EDGES[edges]}")
 
         observe = InsertObservers(plan)
-        observed = observe(teacher).graph_module
+        observed = observe(teacher).graph_module.to(device)
         narrator.passed(observe.log)
         with torch.no_grad():
-            for batch in narrator.bar(batches, "observe"):
-                observed(batch)
+            for batch in narrator.bar(images, "observe"):
+                observed(batch.to(device))
         steps: list[Any] = [InsertFakeQuant(plan, activation_quantizers(recipe), weight_quantizers(recipe))]
         if "bias" in recipe.stages:
-            steps.append(CorrectBias(teacher, _within(recipe, teacher, batches), recipe.bias_gain))
-        finish = Pipeline([*steps, Freeze()], narrator.passed)
+            some = first_images(images, min(recipe.bias_images, _affordable(recipe, teacher)), device)
+            steps.append(CorrectBias(teacher, some, recipe.bias_gain))
+        finish = Pipeline([*steps, Freeze()], narrator.passed, narrator.bar)
         student = finish.run(observed)
 
-        record = Record.of(recipe, plan, edges, seed, batches, teacher)
+        record = Record.of(recipe, plan, edges, seed, images, teacher)
         record.passes = [*prepare.logs, observe.log, *finish.logs]
-        record.layers = layer_rows(teacher, student, plan, _within(recipe, teacher, batches, 32))
+        record.layers = layer_rows(teacher, student, plan, first_images(images, min(32, _affordable(recipe, teacher)), device))
         if cat and "cat" in recipe.stages:
-            student = append_selected(student, teacher, calib_loader, loaded, cat, recipe, seed, record, narrator)
+            student = append_selected(student, teacher, calib_loader, images, cat, recipe, seed, record, narrator)
     record.attach(student)
     return student.eval()
 
 
-def _within(recipe: Recipe, graph: GraphModule, batches: list[Tensor], most: int | None = None) -> list[Tensor]:
-    """Return the first images that fit the recipe's memory budget when all their activations at one place are held."""
-    fits = int(recipe.memory_gib * 2**30 / max(peak_bytes(graph), 1))
-    count = max(1, min(fits, most or recipe.bias_images))
-    return rebatch([torch.cat(batches)[:count]])
+def _affordable(recipe: Recipe, graph: GraphModule) -> int:
+    """Return how many images fit the recipe's memory budget when teacher and student hold all their activations at one place."""
+    return max(1, int(recipe.memory_gib * 2**30 / max(2 * peak_bytes(graph), 1)))

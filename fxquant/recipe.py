@@ -13,7 +13,10 @@ from typing import Any, ClassVar
 from fxquant.errors import ConfigError, one_of
 
 STAGES = ("ranges", "bias", "cat")
-"""What a recipe can do, in the order it is done: choose ranges, correct biases, append CAT."""
+"""What a recipe can do, in the order it is done: choose ranges, correct biases, append CAT.
+
+A stage that learns (rounding, scales, the whole network) belongs behind the ranges; it gets its name here and its constants in `Recipe`.
+"""
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,7 @@ class Record:
             "passes": [{key: value for key, value in asdict(log).items() if key != "milliseconds"} for log in self.passes],
             "layers": rows,
             "cat": self.cat,
+            "graph": self.graph,
             "torch_version": self.torch_version,
         }
 

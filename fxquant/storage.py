@@ -79,7 +79,7 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str]) -> None:
         qmin = QuantSpec.from_dict({key: value for key, value in spec.items() if key != "shape"}).qmin
         tensors[f"{name}.zero_point"] = (tensors[f"{name}.zero_point"] - qmin).to(torch.uint8)
     tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    header = {"version": VERSION, "record": record.to_dict(), "quantizers": quantizers, "cat": cats, "graph": record.graph}
+    header = {"version": VERSION, "record": record.to_dict(), "quantizers": quantizers, "cat": cats}
     header["checksum"] = _checksum(header, tensors)
     _write(Path(path), to_bytes(tensors, {FORMAT: json.dumps(header)}))
 
@@ -97,8 +97,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> GraphModule:
     """
     path = Path(path)
     header, tensors = _read(path)
-    quantizers, cats, graph = (header[part] for part in ("quantizers", "cat", "graph"))
-    record = Record.from_dict({**header["record"], "graph": graph})
+    quantizers, cats = header["quantizers"], header["cat"]
+    record = Record.from_dict(header["record"])
     dtype = getattr(torch, record.input_dtype)
     example = torch.zeros(2, *record.input_shape, dtype=dtype)
     network = copy.deepcopy(check_network(model)).eval().to("cpu", dtype)
@@ -107,7 +107,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> GraphModule:
     except TraceError as error:
         raise _foreign(path, f"images of shape {list(record.input_shape)} do not go through the network ({error})") from error
     gm = Pipeline([step() for step in PREPARE]).run(gm)
-    _compare_graphs(path, gm, graph)
+    _compare_graphs(path, gm, record.graph)
 
     def quantizer(name: str) -> UniformQuantizer:
         spec = QuantSpec.from_dict({key: value for key, value in quantizers[name].items() if key != "shape"})

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """Return the tensors inside a tensor, tuple, list, mapping or dataclass-like output, in order."""
+    """Return the tensors inside a tensor, tuple, list or mapping, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):

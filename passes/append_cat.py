@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.cat import CAT
 from fxquant.errors import CATError
-from fxquant.graph import free_path, insert_behind, module_of, put_module, sharing_copy
+from fxquant.graph import argument, free_path, insert_behind, is_tensor, module_of, put_module, sharing_copy
 from fxquant.kinds import kind
 from fxquant.passes.freeze import Freeze
 from fxquant.pipeline import Pass
+from fxquant.placement import is_global_pool
 from fxquant.quantizers.layers import QuantizedLayer
 
 
@@ -22,8 +24,9 @@ class AppendCAT(Pass):
         fc -> output, one cluster                   =>     fc' -> output
 
     With the blended ``g = 1 + alpha (gamma - 1)`` and ``h = alpha beta``, the fold is ``W' = g W``, ``b' = g b + h``; on a quantized
-    weight, ``g`` goes into its scale, one a class. It needs ``g > 0`` and a linear classifier whose output nothing else reads; where that
-    does not hold the module is appended, with the reason. A folded classifier looks like any other, so a second run would fold again.
+    weight, ``g`` goes into its scale, one a class. It needs ``g > 0`` and a classifier, linear or a convolution in front of a global
+    average pool, whose output nothing else reads; where that does not hold the module is appended, with the reason. A folded classifier
+    looks like any other, so a second run would fold again.
 
     Args:
         cat: the fitted module.
@@ -51,27 +54,50 @@ class AppendCAT(Pass):
             raise CATError(why, where=type(gm).__name__, fix="Use cat=False")
         if logits.op == "call_module" and isinstance(module_of(logits), CAT):
             return
-        reason = self._not_foldable(logits)
-        if self.cat.clusters == 1 and reason is None:
+        classifier = self._classifier(logits) if self.cat.clusters == 1 else None
+        if isinstance(classifier, Node):
             gamma, beta = (part[0] for part in self.cat.affine())
-            put_module(gm, str(logits.target), scaled_outputs(module_of(logits), gamma, beta))
-            self.note(f"one cluster: folded into {logits.target}, free at inference")
+            put_module(gm, str(classifier.target), scaled_outputs(module_of(classifier), gamma, beta))
+            self.note(f"one cluster: folded into {classifier.target}, free at inference")
         else:
-            if reason and self.cat.clusters == 1:
-                self.skip(logits, f"not folded, {reason}; appended as a module")
+            if classifier is not None:
+                self.skip(logits, f"not folded, {classifier}; appended as a module")
             path = free_path(gm, "cat")
             put_module(gm, path, self.cat)
             insert_behind(logits, path)
         self.changed()
 
-    def _not_foldable(self, logits: Node) -> str | None:
-        if logits.op != "call_module" or kind(logits) != "linear":
-            return f"the logits come from {logits.name}, which is no linear layer"
-        if len(logits.users) > 1:
-            return "the logits have other readers"
+    def _classifier(self, logits: Node) -> Node | str:
+        """Return the layer that makes the logits and can take a gain and a shift a class, or the reason why there is none."""
         if bool((self.cat.affine()[0] <= 0).any()):
             return "a class has a factor that is not positive"
-        return None
+        node, allowed = logits, {"linear", "conv"}
+        while len(node.users) == 1 and _keeps_classes(node):
+            node, allowed = node.args[0], {"conv"}  # type: ignore[assignment]
+        if len(node.users) > 1:
+            return f"{node.name} has other readers"
+        if node.op != "call_module" or kind(node) not in allowed:
+            return f"the logits come from {node.name}, which is no linear layer or convolution"
+        return node
+
+
+def _keeps_classes(node: Node) -> bool:
+    """Say whether `node` pools ``[N, C, H, W]`` to its means or drops axes of size 1: a gain and a shift a class pass through."""
+    parent = node.args[0] if node.args else None
+    if not isinstance(parent, Node) or not is_tensor(parent) or parent.meta["val"].ndim != 4:
+        return False
+    if kind(node) == "view":
+        return all(size == 1 for size in parent.meta["val"].shape[2:]) and node.meta["val"].ndim == 2
+    if kind(node) == "mean":
+        axes = argument(node, 1, "dim")
+        return isinstance(axes, list | tuple) and {axis % 4 for axis in axes} == {2, 3}
+    if kind(node) != "avg_pool" or not is_global_pool(node):
+        return False
+    # A pool that counts padding, or divides by a number of its own, gives no mean.
+    pool = module_of(node) if node.op == "call_module" else None
+    padding = getattr(pool, "padding", 0) if pool else argument(node, 3, "padding", 0) if node.target is F.avg_pool2d else 0
+    divisor = getattr(pool, "divisor_override", None) if pool else argument(node, 6, "divisor_override")
+    return padding in (0, (0, 0), [0, 0]) and divisor is None
 
 
 def logits_node(gm: GraphModule) -> Node | str:
@@ -89,11 +115,11 @@ def logits_node(gm: GraphModule) -> Node | str:
 
 @torch.no_grad()
 def scaled_outputs(layer: nn.Module, gamma: Tensor, beta: Tensor) -> nn.Module:
-    """Return a copy of a linear `layer` whose outputs are ``gamma * y + beta``; a quantized weight keeps its codes."""
+    """Return a copy of a linear `layer` or convolution whose outputs are ``gamma * y + beta``; a quantized weight keeps its codes."""
     if isinstance(layer, QuantizedLayer):
         return layer.scaled(gamma, beta)
     new = sharing_copy(layer)
-    new.weight = nn.Parameter(gamma[:, None] * layer.weight, requires_grad=False)  # type: ignore[operator]
+    new.weight = nn.Parameter(gamma.view(-1, *[1] * (layer.weight.ndim - 1)) * layer.weight, requires_grad=False)  # type: ignore
     bias = beta if layer.bias is None else gamma * layer.bias + beta  # type: ignore[operator]
     new.bias = nn.Parameter(bias, requires_grad=False)
     return new

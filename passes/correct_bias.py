@@ -47,7 +47,8 @@ class CorrectBias(Pass):
 
     def run(self, gm: GraphModule) -> None:
         float_layers = (values for node, values in sweep(self.teacher, self.batches) if _is_layer(node))
-        for node, values in sweep(gm, self.batches):
+        self.note(f"moments over {sum(map(len, self.batches))} images")
+        for node, values in self.track(sweep(gm, self.batches), "correct bias", len(gm.graph.nodes)):
             if not _is_layer(node):
                 continue
             wanted, layer, axis = next(float_layers), module_of(node), -1 if kind(node) == "linear" else 1

@@ -38,7 +38,7 @@ class InsertFakeQuant(Pass):
         self.plan, self.activations, self.weights = plan, activations, weights
 
     def run(self, gm: GraphModule) -> None:
-        for node, module in list(called(gm)):
+        for node, module in self.track(list(called(gm)), "choose ranges"):
             path = str(node.target)
             if isinstance(module, HistogramObserver):
                 tensor = self.plan.tensors[path.removeprefix(FOLDER + ".")]

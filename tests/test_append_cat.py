@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.cat import CAT
+from fxquant.console import Narrator
+from fxquant.correction import logits_of, logits_of_each
 from fxquant.metrics import kl_divergence
 
 
@@ -157,12 +159,12 @@ def test_train_mode_is_refused(make_net, images, untouched):
 
 
 @pytest.mark.parametrize(
-    ("output", "what"),
+    ("output", "what"),  # the four batches of 16 arrive as 48 and 16
     [
         (lambda net, x: (net(x), x), "a tuple"),
         (lambda net, x: {"logits": net(x)}, "a dict"),
-        (lambda net, x: net.conv1(x), r"shape \[64, 8, 8, 8\]"),
-        (lambda net, x: net(x).argmax(1), r"shape \[64\]"),
+        (lambda net, x: net.conv1(x), r"shape \[48, 8, 8, 8\]"),
+        (lambda net, x: net(x).argmax(1), r"shape \[48\]"),
     ],
 )
 def test_no_logits(net, images, output, what):
@@ -172,6 +174,15 @@ def test_no_logits(net, images, output, what):
     for pair in ((broken, net), (net, broken)):
         with pytest.raises(fxquant.CATError, match=f"^broken: gives {what}, not logits .*wrap the network so that it returns them"):
             append_cat(*pair, images)
+
+
+def test_logits_of_several_networks_in_one_pass(net, make_net, images):
+    other = make_net(seed=1)
+    mine, theirs = logits_of_each([net, other], iter(images), Narrator(False), torch.device("cpu"))
+    for network, logits in ((net, mine), (other, theirs)):
+        assert torch.equal(logits, torch.cat([network(batch) for batch in images]))
+        assert torch.equal(logits, logits_of(network, iter(images)))
+        assert not logits.requires_grad
 
 
 def test_other_classes(net, make_net, images):
@@ -200,7 +211,7 @@ def test_few_images(net, images):
         fxquant.CATError, match=r"^loader: 7 images are too few to cross-validate, 8 are enough. Pass more images, or choose a"
     ):
         append_cat(net, net, [images[0][:7]])
-    with pytest.raises(fxquant.CATError, match=r"16 images, .* are fewer than 64 clusters. Pass more images, or ask for fewer clusters"):
+    with pytest.raises(fxquant.CATError, match=r"^cat: 16 images are fewer than 64 clusters\. Pass more images, or ask for fewer clusters"):
         append_cat(net, net, images[:1], fit="moments")
     with pytest.raises(fxquant.CalibrationError, match="yields no batch"):
         append_cat(net, net, [])

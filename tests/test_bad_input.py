@@ -103,6 +103,14 @@ def test_no_loader_at_all(quantize, net, loader, message):
     ("batch", "message"),
     [
         (torch.zeros(3, 8, 8), "batch 1: has shape [3, 8, 8], expected [N, C, H, W]. Add the batch axis with images[None]."),
+        (
+            torch.zeros(16),
+            "batch 1: has shape [16], expected [N, C, H, W]. Begin a batch with the images, not with the labels.",
+        ),
+        (
+            (torch.zeros(16).long(), torch.zeros(16, 3, 8, 8)),
+            "batch 1: has shape [16], expected [N, C, H, W]. Begin a batch with the images, not with the labels.",
+        ),
         (torch.zeros(0, 3, 8, 8), "batch 1: has shape [0, 3, 8, 8], expected [N, C, H, W]. Yield at least one image a batch."),
         (torch.zeros(2, 3, 9, 9), "batch 1: has images of shape [3, 9, 9], batch 0 has [3, 8, 8]. Resize all images alike."),
         (torch.zeros(2, 3, 8, 8).byte(), "batch 1: has type uint8, expected float32. Scale to floats and normalize as in training."),
@@ -179,10 +187,13 @@ def test_too_few_images_to_choose_a_correction(quantize, net, images, count):
 
 
 def test_fewer_images_than_clusters(quantize, net, images):
-    with pytest.raises(fxquant.CATError, match=r"40 images, augmented ones counted, are fewer than 64 clusters\. Pass more images, or ask"):
+    with pytest.raises(fxquant.CATError, match=r"^cat: 10 images are fewer than 64 clusters\. Pass more images, or ask"):
         quantize(net, [images[0][:10]], cat="paper")
     quantized, teacher = quantize(net, images), net
-    with pytest.raises(fxquant.CATError, match="16 images, augmented ones counted, are fewer than 64 clusters"):
+    with pytest.raises(fxquant.CATError, match=r"^cat: 63 images are fewer than 64 clusters"):
+        quantize(net, [torch.cat(images)[:63]], cat="paper")
+    check_runs(quantize(net, images, cat="paper"), images[0])  # 64 images are enough
+    with pytest.raises(fxquant.CATError, match=r"^cat: 16 images are fewer than 64 clusters"):
         fxquant.append_cat(quantized, teacher, images[:1], fit="moments", progress=False)
 
 
@@ -401,6 +412,11 @@ def test_nothing_asked_for(quantize, net, images):
         quantize(net, images, None, None)
 
 
+def test_two_layers_with_float_edges_leave_nothing(quantize, images):
+    with pytest.raises(fxquant.ConfigError, match=r"^edges and overrides: leave every weight and activation float\. Give bits to one"):
+        quantize(classifier(lambda self, x: self.fc(pooled(self.c(x)))), images, edges="float")
+
+
 def test_float_weights_or_float_activations(quantize, net, images):
     only_a, only_w = quantize(net, images, None, 4), quantize(net, images, 4, None)
     assert not any(isinstance(module, QuantizedLayer) for module in only_a.modules())
@@ -417,9 +433,17 @@ def test_float_weights_or_float_activations(quantize, net, images):
         ({"edges": "8bits"}, "edges: '8bits' is no rule. Use one of '8bit', 'brecq', 'same', 'float'; did you mean '8bit'?"),
         ({"edges": 8}, "edges: 8 is no rule. Use one of '8bit', 'brecq', 'same', 'float'"),
         ({"cat": "papr"}, "cat: 'papr' is no setting. Use True, False or 'paper'."),
+        ({"edges": ["8bit"]}, "edges: ['8bit'] is no rule. Use one of '8bit', 'brecq', 'same', 'float'"),
+        ({"cat": torch.tensor(1)}, "cat: tensor(1) is no setting. Use True, False or 'paper'."),
+        ({"cat": 1}, "cat: 1 is no setting. Use True, False or 'paper'."),
         ({"cat": None}, "cat: None is no setting. Use True, False or 'paper'."),
         ({"overrides": {"block.*": {"w": 4}}}, "overrides['block.*']: matches no layer. Did you mean 'blocks.*'"),
         ({"overrides": {"conv9": {"w": 4}}}, "overrides['conv9']: matches no layer. Did you mean 'conv1'"),
+        ({"overrides": ["x"]}, 'overrides: is a list. Write a dict such as {"layer4.*": {"w": 4}}.'),
+        (
+            {"overrides": {"*": {"w": None, "a": None}}},
+            "edges and overrides: leave every weight and activation float. Give bits to one layer at least.",
+        ),
         ({"overrides": {"conv1": 4}}, "overrides['conv1']: 4 is not a dict with the keys 'w' and 'a'. Write for example {'w': 4, 'a': 8}."),
         ({"overrides": {"conv1": {"bits": 4}}}, "overrides['conv1']: {'bits': 4} is not a dict with the keys 'w' and 'a'."),
         ({"overrides": {"conv1": {"w": 1}}}, "overrides['conv1']['w']: 1 bits are not supported."),
@@ -504,7 +528,7 @@ def test_a_loader_that_fails_half_way(quantize, net, images, random_states):
     assert random_states() == before
 
 
-@pytest.mark.parametrize("target", ["fxquant.quantize.place", "fxquant.quantize.layer_rows", "fxquant.correction.logits_of"])
+@pytest.mark.parametrize("target", ["fxquant.quantize.place", "fxquant.quantize.layer_rows", "fxquant.correction.logits_of_each"])
 def test_a_failure_between_the_passes_leaves_the_network_alone(quantize, net, images, monkeypatch, target):
     def fail(*args, **kwargs):
         raise MemoryError(target)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import fxquant
-from fxquant.data import check_seed, collect, fresh_views, rebatch, seeded
+from fxquant.data import check_seed, collect, first_images, fresh_views, rebatch, seeded
 
 
 @pytest.fixture
@@ -44,14 +44,37 @@ def test_collected_images_are_off_the_tape(images):
 
 
 def test_rebatch(images):
-    batches = rebatch(images, 25)
-    assert [len(batch) for batch in batches] == [25, 25, 14]
-    assert torch.equal(torch.cat(batches), torch.cat(images))
+    for size, lengths in ((8, [8] * 8), (25, [16] * 4), (32, [32, 32]), (64, [48, 16]), (200, [64])):
+        batches = rebatch(images, size)
+        assert [len(batch) for batch in batches] == lengths
+        assert torch.equal(torch.cat(batches), torch.cat(images))
+    odd = rebatch([torch.rand(count, 1, 2, 2) for count in (90, 1, 90, 7, 7, 64, 33, 31, 2)])
+    assert sum(map(len, odd)) == 325
+    assert max(map(len, odd)) == 64
+    assert rebatch([]) == []
+
+
+def test_rebatch_copies_no_large_batch():
+    large = torch.rand(150, 1, 2, 2)
+    batches = rebatch(iter([large]))
+    assert [len(batch) for batch in batches] == [64, 64, 22]
+    assert {batch.untyped_storage().data_ptr() for batch in batches[:2]} == {large.untyped_storage().data_ptr()}
+    alone = torch.rand(33, 1, 2, 2)
+    assert rebatch([alone])[0].data_ptr() == alone.data_ptr()
+
+
+@pytest.mark.parametrize(("count", "lengths"), [(0, []), (1, [1]), (16, [16]), (17, [16, 1]), (64, [16] * 4), (99, [16] * 4)])
+def test_first_images(images, count, lengths):
+    taken = first_images(iter(images), count, torch.device("cpu"))
+    assert [len(batch) for batch in taken] == lengths
+    assert torch.equal(torch.cat([*taken, images[0][:0]]), torch.cat(images)[:count])
+    assert {batch.device.type for batch in first_images(images, count, torch.device("meta"))} <= {"meta"}
 
 
 def test_shifted_views(numbered):
     views, groups, made = fresh_views(numbered, numbered, 3, "crop", 0)
-    flat = torch.cat(views)
+    flat = torch.cat(list(views))
+    assert list(views) == [], "read once"
     assert flat.shape == (36, 1, 16, 16)
     assert groups.tolist() == list(range(12)) * 3
     assert made == "3 shifted views"
@@ -72,13 +95,13 @@ def test_shifted_views(numbered):
 def test_mirrored_views(numbered):
     for augment, expected in (("crop", 0), ("crop+flip", 18)):
         views, _, made = fresh_views(numbered, numbered, 3, augment, 0)
-        mirrored = sum(bool(view[0, 8, 4] > view[0, 8, 11]) for view in torch.cat(views))
+        mirrored = sum(bool(view[0, 8, 4] > view[0, 8, 11]) for view in torch.cat(list(views)))
         assert abs(mirrored - expected) <= (9 if expected else 0)
         assert ("mirrored" in made) == bool(expected)
 
 
 def test_views_depend_on_the_seed_alone(numbered):
-    first, again, other = (torch.cat(fresh_views(numbered, numbered, 2, "crop+flip", seed)[0]) for seed in (0, 0, 1))
+    first, again, other = (torch.cat(list(fresh_views(numbered, numbered, 2, "crop+flip", seed)[0])) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not torch.equal(first[:12], first[12:])
@@ -86,7 +109,7 @@ def test_views_depend_on_the_seed_alone(numbered):
 
 def test_no_views(numbered):
     views, groups, made = fresh_views(numbered, numbered, 4, "none", 0)
-    assert torch.equal(torch.cat(views), torch.cat(numbered))
+    assert torch.equal(torch.cat(list(views)), torch.cat(numbered))
     assert groups.tolist() == list(range(12))
     assert made == "the calibration images themselves"
 
@@ -95,7 +118,7 @@ def test_no_views(numbered):
 def test_views_of_tiny_images(size):
     image = torch.rand(5, 2, size, size)
     views, _, _ = fresh_views([image], [image], 2, "crop+flip", 0)
-    assert views[0].shape == (10, 2, size, size)
+    assert [view.shape for view in views] == [(5, 2, size, size)] * 2
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -105,10 +128,12 @@ def test_passes_of_a_loader_that_augments(numbered, shuffle, workers):
     loader = DataLoader(Noisy(torch.cat(numbered)), 5, shuffle=shuffle, num_workers=workers)
     with seeded(0, loader):
         views, groups, made = fresh_views(loader, collect(loader), 2, "crop", 0)
-    names = torch.cat(views)[:, 0, 0, 0].floor().long()
+        flat = torch.cat(list(views))
+    names = flat[:, 0, 0, 0].floor().long()
     assert made == "2 passes of the loader"
     assert sorted(names.tolist()) == sorted(list(range(12)) * 2)
     assert torch.equal(names[:12], names[12:])
+    assert not torch.equal(flat[:12], flat[12:])
     assert torch.equal(groups[:12], groups[12:])
     assert groups[:12].unique().numel() == 12
 

@@ -53,8 +53,8 @@ def test_cifar10_on_a_network_of_ones_own(tmp_path: Path) -> None:
     done = run("02_cifar10_resnet20.py", str(tmp_path), "--settings", "W4A4", "W2A2", "--seeds", "0", "1", "--images", "32", "--markdown")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert lines[0] == "| network | CAT | top-1 % | agreement % | KL to float |"
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["float", "W4A4", "W4A4", "W2A2", "W2A2"]
+    assert lines[0] == "| network | stages | top-1 % | agreement % | KL to float |"
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["float"] + ["W4A4"] * 3 + ["W2A2"] * 3
     assert lines[-1].count("±") == 3
 
 

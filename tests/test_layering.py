@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,3 +121,9 @@ def test_files_stay_small(path):
 
 def test_the_story_fits_a_page():
     assert len((ROOT / "fxquant" / "quantize.py").read_text(encoding="utf-8").splitlines()) <= 130
+
+
+def test_no_placeholder_is_left_in_the_readme():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert lines
+    assert [line for line in lines if re.search(r"\b[A-Z]+_TABLE\b", line)] == []

@@ -9,9 +9,23 @@ import torch
 from nets import images, prepared, traced
 from torch.fx import GraphModule, Node
 
+from fxquant.calibration import activation_quantizers, weight_quantizers
 from fxquant.errors import PassError
-from fxquant.passes import PREPARE, Canonicalize, FoldBatchNorm, ModularizeWeights, SplitNormAct, UnshareModules
+from fxquant.passes import (
+    PREPARE,
+    Canonicalize,
+    CorrectBias,
+    FoldBatchNorm,
+    Freeze,
+    InsertFakeQuant,
+    InsertObservers,
+    ModularizeWeights,
+    SplitNormAct,
+    UnshareModules,
+)
 from fxquant.pipeline import Pass, PassLog, Pipeline, Skip
+from fxquant.placement import place
+from fxquant.recipe import Recipe
 
 
 class Double(Pass):
@@ -124,3 +138,47 @@ def test_a_pass_without_a_body_says_so():
     half = type("Half", (Pass,), {"match": lambda self, node: node})
     with pytest.raises(NotImplementedError, match="Half has neither rewrite nor run"):
         half()(traced("chain"))
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA out of memory"), torch.OutOfMemoryError("out of memory"), ValueError("no"), KeyError(3)]
+)
+def test_an_error_inside_a_pass_goes_through_unchanged(error):
+    class Fails(Pass):
+        def run(self, gm: GraphModule) -> None:
+            self.changed()
+            raise error
+
+    pipeline = Pipeline([Nothing(), Fails()])
+    with pytest.raises(type(error)) as caught:
+        pipeline.run(traced("chain"))
+    assert caught.value is error
+    assert [log.name for log in pipeline.logs] == ["nothing"]
+
+
+def test_track_sees_the_long_loops():
+    seen: list[tuple[str, int | None, int]] = []
+
+    def track(items, stage, total=None):
+        count = 0
+        for item in items:
+            count += 1
+            yield item
+        seen.append((stage, total, count))
+
+    teacher = prepared("chain")
+    plan = place(teacher, 4, 4)
+    observed = InsertObservers(plan)(teacher).graph_module
+    observed(images())
+    recipe = Recipe(weight_range="minmax", activation_range="minmax")
+    steps = [InsertFakeQuant(plan, activation_quantizers(recipe), weight_quantizers(recipe)), CorrectBias(teacher, [images()]), Freeze()]
+    plain = Pipeline(steps).run(observed)
+    assert seen == [], "nothing is shown unless asked for"
+    again = Pipeline(steps, track=track).run(observed)
+    modules = sum(node.op == "call_module" for node in observed.graph.nodes)
+    assert [stage for stage, _, _ in seen] == ["choose ranges", "correct bias"]
+    assert seen[0] == ("choose ranges", None, modules)
+    assert seen[1][1] == len(observed.graph.nodes)
+    assert 0 < seen[1][2] <= len(observed.graph.nodes)
+    assert all(step.track is track for step in steps)
+    assert torch.equal(plain(images()), again(images()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from torch.fx import GraphModule, Node
 
 from fxquant import trace
 from fxquant.errors import ConfigError, ModelError
+from fxquant.kinds import kind
 from fxquant.passes import PREPARE, InsertObservers
 from fxquant.pipeline import Pipeline
-from fxquant.placement import LayerPlan, Plan, TensorPlan, place, source
+from fxquant.placement import LayerPlan, Plan, TensorPlan, is_global_pool, place, source
 
 
 def fold(model: nn.Module, size: int = 64) -> GraphModule:
@@ -75,17 +77,23 @@ def mnasnet() -> list[str]:
 
 
 NETWORKS = {
-    "resnet18": (resnet([2, 2, 2, 2], 2), "conv1", "fc"),
-    "resnet50": (resnet([3, 4, 6, 3], 3), "conv1", "fc"),
-    "mobilenet_v2": (mobilenet_v2(), "features.0.0", "classifier.1"),
-    "regnet_x_400mf": (regnet([1, 2, 7, 12]), "stem.0", "fc"),
-    "mnasnet1_0": (mnasnet(), "layers.0", "classifier.1"),
+    "resnet18": (resnet([2, 2, 2, 2], 2), "conv1", ["layer1.0.conv1"], "fc"),
+    "resnet50": (resnet([3, 4, 6, 3], 3), "conv1", ["layer1.0.conv1", "layer1.0.downsample.0"], "fc"),
+    "mobilenet_v2": (mobilenet_v2(), "features.0.0", ["features.1.conv.0.0"], "classifier.1"),
+    "regnet_x_400mf": (
+        regnet([1, 2, 7, 12]),
+        "stem.0",
+        ["trunk_output.block1.block1-0.proj.0", "trunk_output.block1.block1-0.f.a.0"],
+        "fc",
+    ),
+    "mnasnet1_0": (mnasnet(), "layers.0", ["layers.3"], "classifier.1"),
 }
+"""What makes each quantized tensor, the first layer, the layers that read its output, the last layer."""
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_published_placement(name):
-    expected, first, last = NETWORKS[name]
+    expected, first, second, last = NETWORKS[name]
     with torch.random.fork_rng():
         gm = fold(getattr(zoo, name)())
     plan = place(gm, 2, 3)
@@ -94,19 +102,23 @@ def test_published_placement(name):
     convs = [path for path, part in gm.named_modules() if isinstance(part, nn.Conv2d | nn.Linear)]
     assert sorted(plan.layers) == sorted(convs)
     assert {path: layer.w for path, layer in plan.layers.items()} == {path: 8 if path in (first, last) else 2 for path in convs}
+    read = {path: None if path == first else 8 if path == last else 3 for path in convs}
+    assert {path: layer.a for path, layer in plan.layers.items()} == read, "the first layer reads the network's input, which is float"
     assert [layer.name for layer in plan.layers.values() if layer.edge] == [first, last]
     brecq = place(gm, 2, 3, edges="brecq")
     assert list(bits(brecq).values()) == [8] + [3] * (len(expected) - 2) + [8], "and the stem's output"
-    assert brecq.layers == plan.layers
+    assert brecq.layers == plan.layers | {path: replace(plan.layers[path], a=8) for path in second}
     assert set(bits(place(gm, 2, 3, edges="same")).values()) == {3}
 
 
 def test_edges():
     gm = prepared("residual")
     first, *middle, last = place(gm, 2, 3).layers
+    assert middle[0] == "layers.0.conv1", "which reads the stem's output"
     for edges, outer, stem, end in (("8bit", 8, 3, 8), ("brecq", 8, 8, 8), ("same", 2, 3, 3), ("float", None, 3, None)):
         plan = place(gm, 2, 3, edges)
         assert [plan.layers[name].w for name in (first, *middle, last)] == [outer, *[2] * len(middle), outer]
+        assert [plan.layers[name].a for name in (first, *middle, last)] == [None, stem, *[3] * (len(middle) - 1), end]
         inner = {"layers_0_relu": 3, "layers_0_relu_1": 3, "layers_1_relu": 3}
         assert bits(plan) == {"stem_2": stem, **inner, **({"layers_1_relu_1": end} if end else {})}
     assert [plan.layers[name].edge for name in (first, *middle, last)] == ["first", *[""] * len(middle), "last"]
@@ -114,7 +126,7 @@ def test_edges():
 
 def test_a_network_of_one_layer_is_first_and_last():
     plan = place(prepared(nn.Sequential(nn.Flatten(), nn.Linear(768, 5))), 2, 2)
-    assert plan.layers == {"1": LayerPlan("1", "linear", 8, 8, "first, last")}
+    assert plan.layers == {"1": LayerPlan("1", "linear", 8, None, "first, last")}
     assert plan.tensors == {}, "the network's input is not quantized"
 
 
@@ -139,14 +151,57 @@ def test_overrides():
         "fc.3": 8,
     }
     assert bits(plan) == {"stem_2": 4, "layers_0_relu": 4, "layers_0_relu_1": 4, "layers_1_relu": 4}
+    assert {name: layer.a for name, layer in plan.layers.items()} == {
+        "stem.0": None,  # reads the network's input
+        "layers.0.conv1": 4,
+        "layers.0.conv2": 4,
+        "layers.1.conv1": 4,
+        "layers.1.conv2": 4,
+        "layers.1.downsample.0": 4,
+        "fc.3": None,
+    }
     order = place(gm, 2, 2, overrides={"layers.1.conv2": {"w": 5}, "layers.*": {"w": 4}})
     assert order.layers["layers.1.conv2"].w == 4
+
+
+def test_overrides_win_over_the_rule_of_brecq():
+    gm = prepared("residual")
+    base = place(gm, 2, 2, "brecq")
+    assert (base.tensors["stem_2"].bits, base.layers["layers.0.conv1"].a) == (8, 8)
+    plan = place(gm, 2, 2, "brecq", {"layers.0.conv1": {"a": 4}})
+    assert plan.tensors["stem_2"] == TensorPlan("stem_2", 4, ("layers.0.conv1",))
+    assert plan.layers == base.layers | {"layers.0.conv1": LayerPlan("layers.0.conv1", "conv", 2, 4, "")}
+    assert plan.tensors == base.tensors | {"stem_2": plan.tensors["stem_2"]}
+
+
+def test_no_override_makes_the_first_layer_read_less_than_the_input():
+    plan = place(prepared("residual"), 2, 2, overrides={"stem.0": {"a": 4}})
+    assert plan.layers["stem.0"].a is None
+    assert plan.tensors == place(prepared("residual"), 2, 2).tensors
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"overrides": {"*": {"w": None, "a": None}}},
+        {"a": None, "overrides": {"*": {"w": None}}},
+        {"w": None, "overrides": {"3": {"a": None}}},
+        {"edges": "float"},
+    ],
+)
+def test_nothing_left_to_quantize(arguments):
+    gm = prepared(nn.Sequential(nn.Conv2d(3, 4, 16), nn.Flatten(), nn.ReLU(), nn.Linear(4, 5)))
+    with pytest.raises(
+        ConfigError, match=r"^edges and overrides: leave every weight and activation float\. Give bits to one layer at least\.$"
+    ):
+        place(gm, **{"w": 2, "a": 2, **arguments})
 
 
 def test_a_tensor_with_several_readers_gets_the_most_bits():
     gm = prepared("residual")
     plan = place(gm, 2, 2, overrides={"layers.1.downsample.0": {"a": 6}})
     assert plan.tensors["layers_0_relu_1"] == TensorPlan("layers_0_relu_1", 6, ("layers.1.conv1", "layers.1.downsample.0"))
+    assert [plan.layers[name].a for name in ("layers.1.conv1", "layers.1.downsample.0")] == [6, 6], "what they get to read"
     assert plan.tensors["layers_0_relu"].bits == 2
     assert place(gm, 2, 2, overrides={"layers.1.downsample.0": {"a": None}}).tensors["layers_0_relu_1"].readers == ("layers.1.conv1",)
 
@@ -160,6 +215,8 @@ def test_a_tensor_with_several_readers_gets_the_most_bits():
         ({"a": 2.5}, "^a: 2.5 bits"),
         ({"a": "4"}, "^a: '4' bits"),
         ({"edges": "8bits"}, "^edges: '8bits' is no rule. Use one of '8bit', 'brecq', 'same', 'float'; did you mean '8bit'\\?$"),
+        ({"edges": ["8bit"]}, r"^edges: \['8bit'\] is no rule. Use one of '8bit', 'brecq', 'same', 'float'"),
+        ({"overrides": ["layers.1.conv1"]}, r'^overrides: is a list. Write a dict such as {"layer4.\*": {"w": 4}}.$'),
         (
             {"overrides": {"layers.1.conv1": {"bits": 4}}},
             r"^overrides\['layers.1.conv1'\]: {'bits': 4} is not a dict with the keys 'w' and 'a'",
@@ -204,6 +261,8 @@ def test_every_reader_of_a_quantized_tensor_reads_the_quantized_value():
 
 
 STEM = {"stem": nn.Conv2d(3, 4, 1), "act": nn.ReLU(), "conv": nn.Conv2d(4, 4, 1), "wide": nn.Conv2d(8, 4, 1), "fc": nn.Linear(4, 5)}
+STEM |= {"channel": nn.Conv2d(1, 4, 1), "row": nn.Linear(16, 5)}
+STEM |= {"nearest": nn.Upsample(scale_factor=2.0), "bilinear": nn.Upsample(scale_factor=2.0, mode="bilinear")}
 
 
 @pytest.mark.parametrize(
@@ -230,6 +289,17 @@ STEM = {"stem": nn.Conv2d(3, 4, 1), "act": nn.ReLU(), "conv": nn.Conv2d(4, 4, 1)
             ["interpolate"],
             id="bilinear: behind",
         ),
+        pytest.param(lambda s, x: s.conv(s.nearest(s.act(s.stem(x)))), ["act"], id="nearest, as a module: in front"),
+        pytest.param(lambda s, x: s.conv(s.bilinear(s.act(s.stem(x)))), ["bilinear"], id="bilinear, as a module: behind"),
+        pytest.param(
+            lambda s, x: s.conv(nn.functional.interpolate(s.act(s.stem(x)), None, 2.0, "bilinear")),
+            ["interpolate"],
+            id="bilinear, by position: behind",
+        ),
+        pytest.param(
+            lambda s, x: s.channel(s.act(s.stem(x)).mean(1, keepdim=True)), ["mean"], id="mean over channels, a map of one: behind"
+        ),
+        pytest.param(lambda s, x: s.row(s.act(s.stem(x)).mean(1)), ["mean"], id="mean over channels: behind"),
         pytest.param(lambda s, x: s.conv(s.stem(x)) + s.stem(x), ["stem"], id="a sum at the end is float"),
         pytest.param(
             lambda s, x: torch.matmul(s.act(s.stem(x)), other=s.conv(x[:, :1].expand(-1, 4, -1, -1))), ["act", "conv"], id="matmul: both"
@@ -240,6 +310,26 @@ STEM = {"stem": nn.Conv2d(3, 4, 1), "act": nn.ReLU(), "conv": nn.Conv2d(4, 4, 1)
 def test_where_a_quantizer_goes(body, expected):
     gm = prepared(Net(body, **STEM))
     assert list(place(gm, 2, 2).tensors) == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (lambda x: nn.functional.adaptive_avg_pool2d(x, 1), True),
+        (lambda x: nn.functional.adaptive_avg_pool2d(x, 2), False),
+        (lambda x: x.mean((2, 3)), True),
+        (lambda x: x.mean((2, 3), keepdim=True), True),
+        (lambda x: x.flatten(2).mean(2), True),
+        (lambda x: x.flatten(2).mean(1), True),
+        (lambda x: x.mean(1), False),
+        (lambda x: x.mean(3), False),
+        (lambda x: x.mean(1, keepdim=True), False),
+    ],
+)
+def test_global_pools(body, expected):
+    node = next(node for node in reversed(prepared(Net(lambda s, x: body(x))).graph.nodes) if node.op != "output")
+    assert kind(node) in ("avg_pool", "mean")
+    assert is_global_pool(node) is expected
 
 
 def test_source_stops_at_the_input():

@@ -80,9 +80,9 @@ def test_levels(net, images, w, a, cat):
 @pytest.mark.parametrize(
     ("edges", "expected"),
     [
-        ("8bit", {"conv1": (8, 2), "blocks.0.0.0": (2, 2), "blocks.0.2.0": (2, 2), "fc": (8, 8)}),
-        ("brecq", {"conv1": (8, 2), "blocks.0.0.0": (2, 2), "blocks.0.2.0": (2, 2), "fc": (8, 8)}),
-        ("same", {"conv1": (2, 2), "blocks.0.0.0": (2, 2), "blocks.0.2.0": (2, 2), "fc": (2, 2)}),
+        ("8bit", {"conv1": (8, None), "blocks.0.0.0": (2, 2), "blocks.0.2.0": (2, 2), "fc": (8, 8)}),
+        ("brecq", {"conv1": (8, None), "blocks.0.0.0": (2, 8), "blocks.0.2.0": (2, 2), "fc": (8, 8)}),
+        ("same", {"conv1": (2, None), "blocks.0.0.0": (2, 2), "blocks.0.2.0": (2, 2), "fc": (2, 2)}),
         ("float", {"conv1": (None, None), "blocks.0.0.0": (2, 2), "blocks.0.2.0": (2, 2), "fc": (None, None)}),
     ],
 )
@@ -97,7 +97,7 @@ def test_edges(net, images, edges, expected):
 def test_overrides(net, images):
     overrides = {"blocks.*": {"w": 4, "a": 5}, "blocks.0.2.*": {"w": None}, "fc": {"w": 3}}
     quantized = quantize(net, images, cat=False, overrides=overrides)
-    assert bits_of(quantized) == {"conv1": (8, 2), "blocks.0.0.0": (4, 5), "blocks.0.2.0": (None, 5), "fc": (3, 8)}
+    assert bits_of(quantized) == {"conv1": (8, None), "blocks.0.0.0": (4, 5), "blocks.0.2.0": (None, 5), "fc": (3, 8)}
     assert not isinstance(quantized.get_submodule("blocks.0.2.0"), QuantizedLayer)
     assert quantized.get_submodule("blocks.0.0.0").weight_quantizer.spec.bits == 4
 

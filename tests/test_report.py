@@ -43,7 +43,7 @@ def quantized(images):
 def test_every_layer_with_its_bits(net, images):
     text = str(fxquant.report(fxquant.quantize(net, images, 3, 5, progress=False)))
     rows = {line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]] for line in text.splitlines() if "│" in line}
-    assert rows["conv1"][:4] == ["conv", "first", "8", "5"]
+    assert rows["conv1"][:4] == ["conv", "first", "8", "float"]
     assert rows["blocks.0.0.0"][:4] == ["conv", "", "3", "5"]
     assert rows["blocks.0.2.0"][:4] == ["conv", "", "3", "5"]
     assert rows["fc"][:4] == ["linear", "last", "8", "8"]
@@ -99,8 +99,25 @@ def test_a_layer_without_noise(net, images):
 def test_json_round_trip(quantized):
     report = fxquant.report(quantized)
     text = json.dumps(report.to_dict(), allow_nan=False)
-    again = Record.from_dict({**json.loads(text), "graph": report.record.graph})
-    assert again == report.record
+    assert Record.from_dict(json.loads(text)) == report.record
+
+
+def test_a_record_is_complete_without_times(quantized):
+    record = fxquant.report(quantized).record
+    data = record.to_dict()
+    assert data["graph"] == record.graph
+    assert data["graph"]
+    assert Record.from_dict(data) == record
+    assert any(log.milliseconds for log in record.passes)
+    assert "milliseconds" not in json.dumps(data)
+
+
+def test_the_record_counts_the_images_that_biases_were_corrected_on(net, images):
+    record = fxquant.report(fxquant.quantize(net, images, cat=False, progress=False)).record
+    assert {log.name: log for log in record.passes}["correct_bias"].notes == ["moments over 64 images"]
+    few = fxquant.Recipe.STANDARD.replace(bias_images=20)
+    record = fxquant.report(fxquant.quantize(net, images, cat=False, progress=False, recipe=few)).record
+    assert {log.name: log for log in record.passes}["correct_bias"].notes == ["moments over 20 images"]
 
 
 @pytest.mark.parametrize("width", [80, 120])

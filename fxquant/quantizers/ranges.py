@@ -61,7 +61,7 @@ def _percentile(h: Histogram, spec: QuantSpec, options: Options) -> tuple[Tensor
 
 
 def _quantile(h: Histogram, q: float) -> Tensor:
-    """The q-quantile of each row, each value repeated as often as its count, interpolated linearly between neighbours."""
+    """The q-quantile of each row, each value repeated as often as its count, interpolated linearly between neighbors."""
     order = h.values.argsort(1)
     values, last = h.values.gather(1, order), h.counts.double().gather(1, order).cumsum(1)
     position = q * (last[:, -1:] - 1)

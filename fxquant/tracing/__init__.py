@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import FxquantWarning, TraceError
+from fxquant.graph import KEPT_ATTRIBUTES
 
 from .failure import explain
 from .leaves import unwrap, unwrap_children
 from .tracer import ValueTracer
 
 __all__ = ["trace"]
-
-_KEPT = ("num_classes", "pretrained_cfg", "default_cfg")
 
 
 def trace(model: nn.Module, example: Tensor, *, leaf_modules: tuple[type[nn.Module], ...] = ()) -> torch.fx.GraphModule:
@@ -53,11 +52,11 @@ def trace(model: nn.Module, example: Tensor, *, leaf_modules: tuple[type[nn.Modu
             fix="Pass one batch of images as a tensor [N, C, H, W], for instance torch.randn(1, 3, 224, 224)",
         )
     model = unwrap(model)
-    if model.training:
+    training = next((name for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        part = f"{type(model).__name__}{f'.{training}' if training else ''}"
         warnings.warn(
-            FxquantWarning(
-                f"{type(model).__name__} is in train mode; a copy in eval mode is traced. Call model.eval() first to silence this."
-            ),
+            FxquantWarning(f"{part} is in train mode; a copy in eval mode is traced. Call model.eval() first to silence this."),
             stacklevel=2,
         )
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), example.device)
@@ -91,7 +90,7 @@ def _trace(model: nn.Module, example: Tensor, leaf_modules: tuple[type[nn.Module
     alive = tracer.mutating
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in {"placeholder", "output"} or node in alive)
     module = torch.fx.GraphModule(root, graph, class_name=type(root).__name__)
-    kept = {name: getattr(root, name) for name in _KEPT if hasattr(root, name)}
+    kept = {name: getattr(root, name) for name in KEPT_ATTRIBUTES if hasattr(root, name)}
     # Attributes under this key are the ones that a deepcopy of a GraphModule takes along.
     module.meta["_user_preserved_attributes"] = kept
     for name, value in kept.items():

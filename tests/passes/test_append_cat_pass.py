@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nets import Net, apply, classes, images, names, prepared
 from test_contract import some_cat
 from test_insert_fake_quant import quantized
@@ -50,19 +51,71 @@ def test_one_cluster_is_folded_into_the_scales_of_a_quantized_classifier(freeze)
     torch.testing.assert_close(new(images()), cat(gm(images())), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "pool",
+    [
+        pytest.param(lambda y: F.adaptive_avg_pool2d(y, 1).flatten(1), id="pool, flatten"),
+        pytest.param(lambda y: F.adaptive_avg_pool2d(y, (1, 1)).flatten(1), id="pool of a pair, flatten"),
+        pytest.param(lambda y: y.mean((2, 3)), id="mean"),
+        pytest.param(lambda y: y.mean([2, 3], keepdim=True).flatten(1), id="mean, flatten"),
+        pytest.param(lambda y: F.avg_pool2d(y, y.shape[-1]).flatten(1), id="pool as large as the map, flatten"),
+    ],
+)
+@pytest.mark.parametrize(("size", "bias"), [(1, True), (1, False), (3, True)])
+def test_one_cluster_is_folded_into_a_convolution_in_front_of_a_pool(pool, size, bias):
+    gm = prepared(Net(lambda s, x: pool(s.conv(s.stem(x))), stem=nn.Conv2d(3, 4, 3), conv=nn.Conv2d(4, 5, size, bias=bias)))
+    cat = some_cat(FLOAT, 1)
+    new, log = apply(gm, AppendCAT(cat))
+    assert (names(new), log.notes, log.skipped) == (names(gm), ["one cluster: folded into conv, free at inference"], [])
+    assert classes(new) == classes(gm)
+    torch.testing.assert_close(new(images()), cat(gm(images())), rtol=1e-5, atol=1e-5)
+
+
+def test_one_cluster_is_folded_into_a_convolution_over_the_whole_map():
+    gm = prepared(Net(lambda s, x: s.conv(x).flatten(1), conv=nn.Conv2d(3, 5, 16)))
+    cat = some_cat(FLOAT, 1)
+    new, log = apply(gm, AppendCAT(cat))
+    assert (names(new), log.notes) == (names(gm), ["one cluster: folded into conv, free at inference"])
+    torch.testing.assert_close(new(images()), cat(gm(images())), rtol=1e-5, atol=1e-5)
+
+
+def test_one_cluster_is_folded_into_the_scales_of_a_quantized_convolution():
+    net = Net(lambda s, x: s.conv(s.stem(x).relu()).mean((2, 3)), stem=nn.Conv2d(3, 4, 3), conv=nn.Conv2d(4, 5, 1))
+    _, _, gm, _, _ = quantized(net, 3, 4)
+    cat = some_cat(FLOAT, 1)
+    new, log = apply(gm, AppendCAT(cat))
+    assert log.notes == ["one cluster: folded into conv, free at inference"]
+    before, after = gm.get_submodule("conv"), new.get_submodule("conv")
+    assert torch.equal(before.codes(), after.codes())
+    torch.testing.assert_close(after.weight_quantizer.scale, cat.affine()[0][0] * before.weight_quantizer.scale)
+    torch.testing.assert_close(new(images()), cat(gm(images())), rtol=1e-4, atol=1e-4)
+
+
 NEGATIVE = CAT.from_clusters(torch.tensor([[1.0, 1, -1, 1, 1]]), torch.zeros(1, 5))
 
 
 @pytest.mark.parametrize(
     ("body", "cat", "where", "reason"),
     [
-        (lambda s, x: s.fc(x.mean((2, 3))).relu(), None, "relu", "the logits come from relu, which is no linear layer"),
+        (lambda s, x: s.fc(x.mean((2, 3))).relu(), None, "relu", "the logits come from relu, which is no linear layer or convolution"),
+        (
+            lambda s, x: F.adaptive_avg_pool2d(s.conv(x).relu(), 1).flatten(1),
+            None,
+            "flatten",
+            "the logits come from relu, which is no linear layer or convolution",
+        ),
+        (
+            lambda s, x: F.max_pool2d(s.conv(x), 16).flatten(1),
+            None,
+            "flatten",
+            "the logits come from max_pool2d, which is no linear layer or convolution",
+        ),
         (lambda s, x: s.fc(x.mean((2, 3))), NEGATIVE, "fc", "a class has a factor that is not positive"),
     ],
 )
 def test_not_folded(body, cat, where, reason):
     cat = cat or some_cat(FLOAT, 1)
-    gm = prepared(Net(body, fc=nn.Linear(3, 5)))
+    gm = prepared(Net(body, fc=nn.Linear(3, 5), conv=nn.Conv2d(3, 5, 1)))
     new, log = apply(gm, AppendCAT(cat))
     assert log.skipped == [(where, f"not folded, {reason}; appended as a module")]
     assert classes(new)["CAT"] == 1

@@ -109,6 +109,12 @@ def test_gain_is_never_below_a_twentieth():
     assert Moments([y], [2 * y], 1).gain("regression").item() == pytest.approx(0.5)
 
 
+def test_the_note_counts_the_images():
+    teacher, _, gm, _, _ = quantized("chain")
+    _, log = apply(gm, CorrectBias(teacher, BATCHES))
+    assert log.notes == ["moments over 7 images"]
+
+
 def test_float_layers_are_left_alone():
     teacher, _, gm, _, _ = quantized("chain", overrides={"4": {"w": None}})
     corrected, log = apply(gm, CorrectBias(teacher, BATCHES))

@@ -58,3 +58,14 @@ def test_an_empty_plan_changes_nothing():
     gm = prepared("chain")
     assert apply(gm, InsertObservers(Plan()))[0] is gm
     assert apply(gm, InsertObservers(Plan({}, {"gone": TensorPlan("gone", 2, ())})))[0] is gm
+
+
+def test_an_observed_graph_moves_as_a_whole():
+    gm = prepared("residual")
+    moved = InsertObservers(place(gm, 2, 2))(gm).graph_module.to("meta")
+    observers = [part for part in moved.modules() if isinstance(part, HistogramObserver)]
+    assert len(observers) == 5
+    for part in observers:
+        tensors = [value for value in vars(part).values() if isinstance(value, torch.Tensor)] + list(part.buffers())
+        assert tensors
+        assert {value.device.type for value in tensors} == {"meta"}

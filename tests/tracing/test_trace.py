@@ -420,6 +420,20 @@ def test_the_model_is_not_touched() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_a_submodule_in_train_mode_is_named() -> None:
+    model = net(lambda self, x: self.parts(x), parts=nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Dropout()))
+    expected = trace(model, IMAGES)(IMAGES)
+    model.parts[1].train()
+    with pytest.warns(
+        FxquantWarning, match=r"^Net\.parts\.1 is in train mode; a copy in eval mode is traced\. Call model\.eval\(\) first"
+    ) as caught:
+        traced = trace(model, IMAGES)
+    assert len(caught) == 1
+    assert not any(traced.get_submodule(str(node.target)).training for node in traced.graph.nodes if node.op == "call_module")
+    assert torch.equal(traced(IMAGES), expected)
+    assert [name for name, module in model.named_modules() if module.training] == ["parts.1"]
+
+
 def test_eval_mode_does_not_warn() -> None:
     with warnings.catch_warnings(action="error"):
         trace(net(lambda self, x: x), IMAGES)
