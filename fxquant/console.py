@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from fxquant.pipeline import PassLog
 
@@ -35,11 +36,21 @@ class Narrator:
         """Print what a stage found."""
         self.console.print(f"{stage:24s}{text}", markup=False)
 
+    @contextmanager
+    def counter(self, stage: str) -> Iterator[Callable[[int, int], None]]:
+        """Give a function to call with (done, total) that moves a bar; the bar goes away behind the block."""
+        with Progress(*_columns(), console=self.console, transient=True, disable=not self.progress) as bar:
+            task = bar.add_task(stage, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
     def bar(self, items: Iterable[T], stage: str, total: int | None = None) -> Iterator[T]:
         """Yield `items` behind a bar with the time left; `total` is their number where they do not know it. A full bar goes away."""
         if not self.progress:
             yield from items
             return
-        columns = (TextColumn("{task.description:24s}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        with Progress(*_columns(), console=self.console, transient=True) as bar:
             yield from bar.track(items, total=len(items) if isinstance(items, Sized) else total, description=stage)
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return TextColumn("{task.description:24s}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

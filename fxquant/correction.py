@@ -94,7 +94,7 @@ def append_cat(
         if fit == "auto":
             if reason := _too_few(len(mine)):
                 raise CATError(reason, where="loader", fix="Pass more images, or choose a fit")
-            cat, choice = _selected(mine, theirs, None, Recipe.STANDARD.cat_folds, seed)
+            cat, choice = _selected(mine, theirs, None, Recipe.STANDARD.cat_folds, seed, narrator)
         else:
             _check_enough(len(mine), clusters)
             cat, choice = _fitted(mine, theirs, fit, clusters, pca, alpha, seed)
@@ -143,7 +143,7 @@ def append_selected(
     if setting == "paper":
         cat, choice = _fitted(mine, theirs, "moments", recipe.cat_clusters, recipe.cat_pca, recipe.cat_alpha, seed)
     else:
-        cat, choice = _selected(mine, theirs, groups, recipe.cat_folds, seed)
+        cat, choice = _selected(mine, theirs, groups, recipe.cat_folds, seed, narrator)
     record.cat = {**choice, "views": made, "images": len(mine)}
     narrator.line("cat", describe(record.cat))
     if cat is None:
@@ -174,8 +174,11 @@ def _fitted(mine: Tensor, theirs: Tensor, fit: str, clusters: int, pca: int, alp
     return cat, {**choice, "measured_on": "the images it was fitted on"}
 
 
-def _selected(mine: Tensor, theirs: Tensor, groups: Tensor | None, folds: int, seed: int) -> tuple[CAT | None, dict[str, Any]]:
-    choice = select_cat(mine, theirs, groups=groups, seed=seed, folds=folds)
+def _selected(
+    mine: Tensor, theirs: Tensor, groups: Tensor | None, folds: int, seed: int, narrator: Narrator
+) -> tuple[CAT | None, dict[str, Any]]:
+    with narrator.counter("choose CAT") as progress:
+        choice = select_cat(mine, theirs, groups=groups, seed=seed, folds=folds, progress=progress)
     summary = {"kl_before": choice.kl_before, "kl_after": choice.kl_after, "measured_on": "held-out folds", "table": choice.table}
     if choice.cat is None:
         return None, {"fit": "none", "why": "no correction lowers the held-out KL", **summary}
