@@ -203,7 +203,9 @@ def test_a_tensor_with_several_readers_gets_the_most_bits():
     assert plan.tensors["layers_0_relu_1"] == TensorPlan("layers_0_relu_1", 6, ("layers.1.conv1", "layers.1.downsample.0"))
     assert [plan.layers[name].a for name in ("layers.1.conv1", "layers.1.downsample.0")] == [6, 6], "what they get to read"
     assert plan.tensors["layers_0_relu"].bits == 2
-    assert place(gm, 2, 2, overrides={"layers.1.downsample.0": {"a": None}}).tensors["layers_0_relu_1"].readers == ("layers.1.conv1",)
+    plan = place(gm, 2, 2, overrides={"layers.1.downsample.0": {"a": None}})
+    assert plan.tensors["layers_0_relu_1"].readers == ("layers.1.conv1",)
+    assert plan.layers["layers.1.downsample.0"].a == 2, "it asked for float, but the tensor is quantized for another reader"
 
 
 @pytest.mark.parametrize(

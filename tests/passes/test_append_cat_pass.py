@@ -71,6 +71,24 @@ def test_one_cluster_is_folded_into_a_convolution_in_front_of_a_pool(pool, size,
     torch.testing.assert_close(new(images()), cat(gm(images())), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("body", "layer"),
+    [
+        pytest.param(lambda s, x: s.layer(x).mean((1, 2)), nn.Conv2d(3, 16, 1), id="mean over channels"),
+        pytest.param(lambda s, x: s.layer(x).mean((2, 3)), nn.Linear(16, 3), id="linear layer over the columns"),
+        pytest.param(lambda s, x: F.avg_pool2d(s.layer(x), 16, 32, 8).flatten(1), nn.Conv2d(3, 5, 1), id="padding counted"),
+        pytest.param(lambda s, x: F.avg_pool2d(s.layer(x), 16, divisor_override=1).flatten(1), nn.Conv2d(3, 5, 1), id="another divisor"),
+    ],
+)
+def test_one_cluster_is_not_folded_where_a_gain_and_a_shift_do_not_pass_through(body, layer):
+    gm = prepared(Net(body, layer=layer))
+    count = gm(images()).shape[1]
+    cat = CAT.from_clusters(torch.linspace(0.5, 1.5, count)[None], torch.linspace(-1, 1, count)[None], 0.5)
+    new, log = apply(gm, AppendCAT(cat))
+    assert log.skipped and log.skipped[0][1].endswith("appended as a module")
+    torch.testing.assert_close(new(images()), cat(gm(images())), rtol=1e-5, atol=1e-5)
+
+
 def test_one_cluster_is_folded_into_a_convolution_over_the_whole_map():
     gm = prepared(Net(lambda s, x: s.conv(x).flatten(1), conv=nn.Conv2d(3, 5, 16)))
     cat = some_cat(FLOAT, 1)
