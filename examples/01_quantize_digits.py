@@ -21,6 +21,7 @@ from fxquant.demo import DigitNet, load_digits, train_digits
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=30, help="of the training (default: 30)")
+    parser.add_argument("--recipe", default="fast", help="fast takes seconds, standard learns for minutes (default: fast)")
     options = parser.parse_args()
 
     # A float network in eval mode. Any nn.Module will do: torchvision's, timm's, your own.
@@ -31,7 +32,8 @@ def main() -> None:
     calibration = list(digits.train[:512].split(64))
 
     # 2-bit weights, 2-bit activations; the logits are corrected where that helps on held-out calibration images.
-    qmodel = fxquant.quantize(model, calibration, w=2, a=2, cat=True)
+    # The recipe says how much work goes into it; without one it is "standard", which learns.
+    qmodel = fxquant.quantize(model, calibration, w=2, a=2, cat=True, recipe=options.recipe)
 
     # What was done to each layer, and what it cost.
     print(fxquant.report(qmodel))

@@ -2,6 +2,7 @@
 
     python examples/03_imagenet_folder.py resnet18 resnet18.pth photos/train photos/val
     python examples/03_imagenet_folder.py mobilenet_v2 mobilenet.safetensors photos/train photos/val --bits 4 --images 512
+    python examples/03_imagenet_folder.py resnet18 resnet18.pth photos/train photos/val --bits 2 --recipe standard --device cuda
 
 Needs a weights file (.safetensors, or .pth with tensors only) and two folders of images, to calibrate and to compare with: images
 directly inside, or in one subfolder a class. Nothing is downloaded. `fxquant quantize` and `fxquant evaluate` do the same in a shell.
@@ -29,6 +30,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4, help="of weights and activations (default: 4)")
     parser.add_argument("--images", type=int, default=1024, help="to calibrate with (default: 1024)")
     parser.add_argument("--limit", type=int, default=500, help="images to compare with (default: 500)")
+    parser.add_argument("--recipe", default="fast", help="fast, or one that learns, best on a GPU: standard (default: fast)")
+    parser.add_argument("--device", default="cpu", help="where to work (default: cpu)")
     parser.add_argument("--num-classes", type=int, help="of the network (default: as published)")
     parser.add_argument("--out", help="keep the result in this file")
     options = parser.parse_args()
@@ -42,14 +45,16 @@ def main() -> None:
     calibration = ImageFolder(options.calibration, transform, options.images)
     test = ImageFolder(options.test, transform, options.limit)
 
-    qmodel = fxquant.quantize(network.model, calibration.loader(), w=options.bits, a=options.bits)
+    qmodel = fxquant.quantize(
+        network.model, calibration.loader(), w=options.bits, a=options.bits, recipe=options.recipe, device=options.device
+    )
     if options.out:
         fxquant.save(qmodel, options.out)
 
     pairs = []
     with torch.inference_mode():
         for images, _ in test.loader():
-            pairs.append((qmodel(images), network.model(images)))
+            pairs.append((qmodel(images.to(options.device)).cpu(), network.model(images)))
     student, teacher = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     print(f"{len(test)} images: agreement {agreement(student, teacher):.2f} %, KL {kl_divergence(student, teacher).mean().item():.4f}")
     if test.labels is not None and len(test.classes) == teacher.shape[1]:

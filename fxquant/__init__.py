@@ -7,6 +7,7 @@ from fxquant.correction import append_cat
 from fxquant.errors import (
     CalibrationError,
     CATError,
+    CheckpointError,
     ConfigError,
     FxquantError,
     FxquantWarning,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CATError",
     "CalibrationError",
+    "CheckpointError",
     "ConfigError",
     "FxquantError",
     "FxquantWarning",

@@ -24,11 +24,16 @@ from fxquant.folder import ImageFolder
 from fxquant.metrics import agreement, kl_divergence, top1
 from fxquant.networks import LIBRARIES, Network, build, load_weights, preprocessing
 from fxquant.placement import EDGES
-from fxquant.recipe import Recipe
+from fxquant.recipe import PRESETS, Recipe
+from fxquant.reconstruction.checkpoint import FILE as CHECKPOINT
+
+RECIPES = f"{', '.join(PRESETS)}, or a TOML file"
 
 EXAMPLES = """examples:
   fxquant demo
   fxquant quantize --model resnet18 --weights resnet18.pth --data photos/train --out resnet18-w2.safetensors
+  fxquant quantize --model resnet18 --weights resnet18.pth --data photos/train --out resnet18-w2.safetensors --recipe best --checkpoint run
+  fxquant quantize --model resnet18 --weights resnet18.pth --data photos/train --out resnet18-w2.safetensors --recipe best --resume run
   fxquant quantize --model timm:resnet10t --weights r10t.safetensors --data photos/train --out r10t-w4.safetensors --w 4 --a 4 --no-cat
   fxquant evaluate resnet18-w2.safetensors --model resnet18 --data photos/val --float-weights resnet18.pth
   fxquant report resnet18-w2.safetensors --model resnet18
@@ -49,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
             return 2
         except KeyboardInterrupt:
-            errors.print("stopped")
+            folder = getattr(options, "resume", None) or getattr(options, "checkpoint", None)
+            begun = folder is not None and (Path(folder) / CHECKPOINT).is_file()
+            errors.print(
+                f"stopped; --resume {folder} goes on from here" if begun else "stopped", markup=False, highlight=False, soft_wrap=True
+            )
             return 130
     return 0
 
@@ -87,6 +96,8 @@ def run_quantize(options: argparse.Namespace) -> None:
         seed=options.seed,
         device=options.device,
         progress=not options.quiet,
+        checkpoint=options.checkpoint,
+        resume=options.resume,
     )
     fxquant.save(qmodel, options.out)
     if not options.quiet:
@@ -144,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("demo", parents=[common], help="train, quantize and compare on real digits; under two minutes")
     command.add_argument("--epochs", type=int, default=30, help="of the training (default: 30)")
-    command.add_argument("--recipe", default="standard", metavar="NAME|FILE", help="standard, fast or a TOML file (default: standard)")
+    command.add_argument("--recipe", default="fast", metavar="NAME|FILE", help=f"{RECIPES} (default: fast; the others learn for minutes)")
     command.add_argument("--out", metavar="FILE", help="keep the 2-bit network with CAT as FILE")
     command.add_argument("--compile", action="store_true", help="run it through torch.compile(fullgraph=True), too")
     command.set_defaults(run=run_demo)
@@ -158,12 +169,16 @@ def parser() -> argparse.ArgumentParser:
         "--cat", nargs="?", const=True, default=True, choices=["paper"], help="correct the logits: chosen by itself (default), or 'paper'"
     )
     command.add_argument("--no-cat", dest="cat", action="store_false", help="leave the logits alone")
-    command.add_argument("--recipe", default="standard", metavar="NAME|FILE", help="standard, fast or a TOML file (default: standard)")
+    command.add_argument("--recipe", default="standard", metavar="NAME|FILE", help=f"{RECIPES} (default: standard; fast takes seconds)")
     command.add_argument("--edges", default="8bit", choices=EDGES, help="rule for the first and the last layer (default: 8bit)")
     command.add_argument(
         "--override", action="append", default=[], metavar="GLOB:w=4,a=8", help="bits of single layers: 'layer4.*:w=4,a=4'; may be repeated"
     )
     command.add_argument("--images", type=positive, default=1024, metavar="N", help="images to calibrate with (default: 1024)")
+    command.add_argument("--checkpoint", metavar="DIR", help="keep there how far learning is; emptied when the run is over")
+    command.add_argument(
+        "--resume", metavar="DIR", help="go on from there after a kill or Ctrl-C, with the same result; all else as it was"
+    )
     command.set_defaults(run=run_quantize)
 
     command = commands.add_parser("evaluate", parents=[named, data, common], help="top-1, and how near to the float network")

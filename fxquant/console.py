@@ -37,11 +37,13 @@ class Narrator:
         self.console.print(f"{stage:24s}{text}", markup=False)
 
     @contextmanager
-    def counter(self, stage: str) -> Iterator[Callable[[int, int], None]]:
-        """Give a function to call with (done, total) that moves a bar; the bar goes away behind the block."""
-        with Progress(*_columns(), console=self.console, transient=True, disable=not self.progress) as bar:
-            task = bar.add_task(stage, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+    def counter(self, stage: str) -> Iterator[Callable[..., None]]:
+        """Give a function to call with (done, total, text="") that moves a bar and says the text; the bar goes away behind the block."""
+        with Progress(
+            *_columns(), TextColumn("{task.fields[text]}"), console=self.console, transient=True, disable=not self.progress
+        ) as bar:
+            task = bar.add_task(stage, total=None, text="")
+            yield lambda done, total, text="": bar.update(task, completed=done, total=total, text=text)
 
     def bar(self, items: Iterable[T], stage: str, total: int | None = None) -> Iterator[T]:
         """Yield `items` behind a bar with the time left; `total` is their number where they do not know it. A full bar goes away."""

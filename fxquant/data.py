@@ -42,7 +42,8 @@ def collect(loader: Iterable[Any], dtype: torch.dtype = torch.float32) -> list[T
     for index, batch in enumerate(loader):
         images = _images(batch, index)
         _check(images, index, batches[0] if batches else None)
-        batches.append(images.detach().to("cpu", dtype))
+        images = images.detach().to("cpu", dtype)
+        batches.append(images.clone() if images.is_inference() else images)  # what learns cannot keep inference tensors
     if not batches:
         raise CalibrationError(
             "yields no batch",
@@ -129,18 +130,18 @@ def fresh_views(loader: Iterable[Any], batches: list[Tensor], views: int, augmen
         were made, for the report.
     """
     sources = torch.arange(sum(map(len, batches)))
-    repeating = _in_one_order(loader)
-    if repeating is not None and _is_random(repeating):
+    repeating = in_one_order(loader)
+    if repeating is not None and is_random(repeating):
         passes = (batch for _ in range(views) for batch in collect(repeating, batches[0].dtype))
         return passes, sources.repeat(views), f"{views} passes of the loader"
     if augment == "none":
         return batches, sources, "the calibration images themselves"
     generator = torch.Generator().manual_seed(seed)
-    shifted = (_shifted(batch, augment == "crop+flip", generator) for _ in range(views) for batch in batches)
-    return shifted, sources.repeat(views), f"{views} {'shifted and mirrored' if 'flip' in augment else 'shifted'} views"
+    moved = (shift_images(batch, augment == "crop+flip", generator) for _ in range(views) for batch in batches)
+    return moved, sources.repeat(views), f"{views} {'shifted and mirrored' if 'flip' in augment else 'shifted'} views"
 
 
-def _shifted(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+def shift_images(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
     height, width = images.shape[2:]
     reach = max(height // 8, 1), max(width // 8, 1)
     mode = "reflect" if reach[0] < height and reach[1] < width else "replicate"
@@ -152,7 +153,7 @@ def _shifted(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
     return torch.stack([view.flip(2) if flip and mirror else view for view, mirror in zip(views, mirrored, strict=True)])
 
 
-def _in_one_order(loader: Iterable[Any]) -> DataLoader | None:
+def in_one_order(loader: Iterable[Any]) -> DataLoader | None:
     """Return a DataLoader over the same images as `loader` whose every pass has the same order; None for anything else.
 
     Which image is which cannot be told from a loader that shuffles and augments.
@@ -172,7 +173,15 @@ def _in_one_order(loader: Iterable[Any]) -> DataLoader | None:
     )
 
 
-def _is_random(loader: DataLoader) -> bool:
+def is_changing(loader: Iterable[Any]) -> bool:
+    """Say whether a second pass of a loader begins with other images; that of a DataLoader in the order of the first."""
+    repeating = in_one_order(loader)
+    if repeating is None and (isinstance(loader, Iterator) or iter(loader) is loader):
+        return False  # it can be passed over only once
+    return is_random(loader if repeating is None else repeating)
+
+
+def is_random(loader: Iterable[Any]) -> bool:
     """Say whether two passes of `loader`, which has one order, begin with different images."""
     first, second = (_images(next(iter(loader)), 0) for _ in range(2))
     return not torch.equal(first, second)

@@ -140,7 +140,7 @@ def run(
     *,
     seed: int = 0,
     epochs: int = 30,
-    recipe: str | Recipe = "standard",
+    recipe: str | Recipe = "fast",
     out: str | Path | None = None,
     compiled: bool = False,
     quiet: bool = False,
@@ -151,7 +151,7 @@ def run(
         console: where results go; progress goes to stderr.
         seed: of the split, the training and the quantization.
         epochs: of the training.
-        recipe: as for `fxquant.quantize`.
+        recipe: as for `fxquant.quantize`; the default does not learn, so that the demo stays under two minutes.
         out: where the 2-bit network with CAT is kept; None: nowhere.
         compiled: also run it through ``torch.compile(fullgraph=True)``.
         quiet: no progress, only results.

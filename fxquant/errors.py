@@ -61,6 +61,10 @@ class StorageError(FxquantError):
     """A file is damaged, truncated, foreign, or belongs to another architecture; nothing has been loaded."""
 
 
+class CheckpointError(FxquantError):
+    """A checkpoint is missing, damaged, of another run, or cannot be written; names what differs."""
+
+
 class PassError(FxquantError):
     """Passes in an order that cannot work, or a pass that left a broken graph behind."""
 

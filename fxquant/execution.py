@@ -81,12 +81,17 @@ def peak_bytes(gm: GraphModule) -> float:
 
 
 def bytes_per_image(node: Node) -> float:
-    """Return the bytes that the traced value of `node` takes for one image (0 for views, sizes and constants).
+    """Return the bytes that the traced value of `node` adds for one image (0 for views, sizes and constants).
 
     Sizes that depend on the batch (windows of an image counted into the batch axis) are taken in proportion to it.
     """
+    return 0 if kind(node) in _VIEWS | {"constant", "output"} else copied_bytes_per_image(node)
+
+
+def copied_bytes_per_image(node: Node) -> float:
+    """Return the bytes that a copy of the traced value of `node` takes for one image (0 for what is no tensor)."""
     value = node.meta.get("val")
-    if not isinstance(value, Tensor) or kind(node) in _VIEWS | {"constant", "output"}:
+    if not isinstance(value, Tensor):
         return 0
     image = next(other for other in node.graph.nodes if other.op == "placeholder").meta["val"]
     return value.element_size() * math.prod(_hint(size) for size in value.shape) / _hint(image.shape[0])

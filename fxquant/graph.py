@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxquant.errors import ConfigError
+
 KEPT_ATTRIBUTES = ("num_classes", "pretrained_cfg", "default_cfg")
 
 
@@ -74,6 +76,20 @@ def fork(gm: GraphModule) -> GraphModule:
         if hasattr(gm, name):
             setattr(new, name, getattr(gm, name))
     return new
+
+
+def device_of(gm: GraphModule) -> torch.device | None:
+    """Return the device of the first parameter or buffer, or None when there is none."""
+    return next((value.device for values in (gm.parameters(), gm.buffers()) for value in values), None)
+
+
+def check_same_device(teacher: GraphModule, student: GraphModule) -> None:
+    """Raise ConfigError when the two graphs are on different devices."""
+    theirs, mine = device_of(teacher), device_of(student)
+    if theirs != mine and None not in (theirs, mine):
+        raise ConfigError(
+            f"the teacher is on {str(theirs)!r}, the student on {str(mine)!r}", where="device", fix="Move both to one with .to(device)"
+        )
 
 
 def sharing_copy(module: Any) -> Any:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, TypeVar
 
@@ -30,6 +31,18 @@ class Track(Protocol):
     """Yields `items` unchanged while it shows how many of `total` are done."""
 
     def __call__(self, items: Iterable[T], stage: str, total: int | None = None) -> Iterable[T]: ...
+
+
+class Meter(Protocol):
+    """Shows one long stage: gives a function to call with (done, total, what to say)."""
+
+    def __call__(self, stage: str) -> AbstractContextManager[Callable[[float, float, str], None]]: ...
+
+
+@contextmanager
+def unmetered(stage: str) -> Iterator[Callable[[float, float, str], None]]:
+    """Show nothing."""
+    yield lambda done, total, text: None
 
 
 def untracked(items: Iterable[T], stage: str, total: int | None = None) -> Iterable[T]:
@@ -80,6 +93,8 @@ class Pass(PassBase):
     log: PassLog
     track: Track = staticmethod(untracked)
     """Wraps the long loops of a pass, for a progress bar."""
+    meter: Meter = staticmethod(unmetered)
+    """Shows how far a pass that learns is, and its loss."""
 
     @classmethod
     def name(cls) -> str:
@@ -148,11 +163,13 @@ class Pipeline:
     Args:
         passes: the passes; an order against their `after` raises `PassError`.
         say: called with each `PassLog` as soon as its pass is done, for example to print it.
-        track: given to each pass, to show how far its long loops are.
+        track, meter: given to each pass, to show how far its long loops are.
     """
 
-    def __init__(self, passes: Sequence[Pass], say: Callable[[PassLog], None] | None = None, track: Track = untracked):
-        self.passes, self.say, self.track = list(passes), say, track
+    def __init__(
+        self, passes: Sequence[Pass], say: Callable[[PassLog], None] | None = None, track: Track = untracked, meter: Meter = unmetered
+    ):
+        self.passes, self.say, self.track, self.meter = list(passes), say, track, meter
         self.logs: list[PassLog] = []
         classes = [type(step) for step in self.passes]
         for place, step in enumerate(classes):
@@ -167,7 +184,7 @@ class Pipeline:
     def run(self, gm: GraphModule) -> GraphModule:
         """Return `gm` after all passes; `logs` holds what each did."""
         for step in self.passes:
-            step.track = self.track
+            step.track, step.meter = self.track, self.meter
             gm = step(gm).graph_module
             self.logs.append(step.log)
             if self.say:

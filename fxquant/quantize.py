@@ -3,14 +3,14 @@
 model ──trace──> graph ──PREPARE──> teacher (float, folded)
                                        │  place: one quantizer a tensor, bits by `edges` and `overrides`
                                        ├──InsertObservers──images──InsertFakeQuant──> student
-                                       │                       (learned rounding of units and of the network goes here)
-                                       ├──CorrectBias──Freeze
+                                       ├──CorrectBias──ReconstructUnits──FinishNetwork──Freeze      (what the recipe asks for)
                                        └──logits of fresh views──select CAT──AppendCAT──> GraphModule
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +20,16 @@ from torch.fx import GraphModule
 from fxquant.calibration import activation_quantizers, weight_quantizers
 from fxquant.console import Narrator
 from fxquant.correction import CatSetting, append_selected, check_cat_setting
-from fxquant.data import check_seed, collect, first_images, rebatch, seeded
+from fxquant.data import check_seed, collect, first_images, in_one_order, is_changing, rebatch, seeded
 from fxquant.errors import ConfigError
 from fxquant.execution import peak_bytes
 from fxquant.inspection import check_network, traced, working_device
+from fxquant.learning import keeper_of, learning_passes
 from fxquant.passes import PREPARE, CorrectBias, Freeze, InsertFakeQuant, InsertObservers
 from fxquant.pipeline import Pipeline
 from fxquant.placement import EDGES, check_bits, place
 from fxquant.recipe import Recipe
+from fxquant.reconstruction.norms import NORMS
 from fxquant.record import Record, layer_rows
 
 
@@ -44,6 +46,8 @@ def quantize(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = True,
+    checkpoint: str | Path | None = None,
+    resume: str | Path | None = None,
 ) -> GraphModule:
     """Return `model` quantized, as one GraphModule in eval mode; `model` itself is not touched, also when something fails.
 
@@ -54,17 +58,21 @@ def quantize(
         a: bits of activations, 2 to 8, one scale and zero-point a tensor; None leaves activations float.
         cat: True chooses a cluster-based affine transformation of the logits by cross-validation, and none when none helps; ``"paper"``
             takes the published constants (arXiv 2509.26277); False leaves the logits alone.
-        recipe: ``"standard"``, ``"fast"`` or a `Recipe`: every other constant.
+        recipe: ``"standard"`` (learns for minutes), ``"fast"`` (seconds), ``"best"``, a published method
+            (``"qdrop"``, ...) or a `Recipe`: every other constant.
         edges: ``"8bit"``: first and last weights and the last layer's input at 8 bits; ``"brecq"``: the first layer's output too;
             ``"same"``; ``"float"``.
         overrides: bits of single layers by glob over their names, ``{"layer4.*": {"w": 4}}``.
         seed: same seed and loader, bit-identical result.
         device: where to work and where the result is; None: where the model's weights are.
         progress: print a line a pass and a bar a long stage.
+        checkpoint: a folder that always holds where the learning stages are; it is emptied when the run is finished.
+        resume: such a folder, to go on from after a kill or Ctrl-C, with the same result bit for bit; all else must be as it was.
 
     Raises:
         ConfigError: an argument that cannot be meant. CalibrationError: the loader's fault. TraceError, ModelError: the network's.
-        CATError: ``cat="paper"`` on a network without logits, or with fewer images than clusters.
+        CheckpointError: nothing to resume from, or another run's. CATError: ``cat="paper"`` on a network without logits, or with fewer
+        images than clusters.
     """
     recipe = Recipe.named(recipe)
     check_cat_setting(cat)
@@ -76,7 +84,9 @@ def quantize(
     model = check_network(model)
     device = working_device(model, device)
     seed = check_seed(seed)
-    with seeded(seed, calib_loader):
+    with torch.inference_mode(False), torch.enable_grad(), seeded(seed, calib_loader):
+        ordered = in_one_order(calib_loader)
+        calib_loader = calib_loader if ordered is None else ordered
         images = rebatch(collect(calib_loader, next((p.dtype for p in model.parameters()), torch.float32)))
         graph = traced(model, images[0].to(device)).to(device)
 
@@ -87,6 +97,8 @@ def quantize(
 
         observe = InsertObservers(plan)
         observed = observe(teacher).graph_module.to(device)
+        if is_changing(calib_loader):
+            observe.note("the loader gives other images on each pass; those of the first are the calibration images")
         narrator.passed(observe.log)
         with torch.no_grad():
             for batch in narrator.bar(images, "observe"):
@@ -95,15 +107,19 @@ def quantize(
         if "bias" in recipe.stages:
             some = first_images(images, min(recipe.bias_images, _affordable(recipe, teacher)), device)
             steps.append(CorrectBias(teacher, some, recipe.bias_gain))
-        finish = Pipeline([*steps, Freeze()], narrator.passed, narrator.bar)
-        student = finish.run(observed)
+        asked = {"recipe": recipe.to_dict(), "w": w, "a": a, "edges": edges, "overrides": dict(overrides or {}), "seed": seed}
+        keeper = keeper_of(checkpoint, resume, teacher, asked, images)
+        steps += learning_passes(teacher, images, calib_loader, recipe, seed, device, keeper, narrator)
+        student = Pipeline([*steps, Freeze()], narrator.passed, narrator.bar, narrator.counter).run(observed)
+        student.meta.pop(NORMS, None)
 
         record = Record.of(recipe, plan, edges, seed, images, teacher)
-        record.passes = [*prepare.logs, observe.log, *finish.logs]
+        record.passes = [*prepare.logs, observe.log, *(step.log for step in steps)]
         record.layers = layer_rows(teacher, student, plan, first_images(images, min(32, _affordable(recipe, teacher)), device))
         if cat and "cat" in recipe.stages:
             student = append_selected(student, teacher, calib_loader, images, cat, recipe, seed, record, narrator)
     record.attach(student)
+    keeper.finished()
     return student.eval()
 
 

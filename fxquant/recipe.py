@@ -8,14 +8,22 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from fxquant.errors import ConfigError, one_of
 
-STAGES = ("ranges", "bias", "cat")
-"""What a recipe can do, in the order it is done: choose ranges, correct biases, append CAT.
+T = TypeVar("T")
 
-A stage that learns (rounding, scales, the whole network) belongs behind the ranges; it gets its name here and its constants in `Recipe`.
+STAGES = ("ranges", "bias", "units", "scales", "output_kl", "finish", "cat")
+"""What a recipe can do, in the order it is done:
+
+ranges      choose scales and zero-points from the calibration images
+bias        match the mean and spread of every output channel
+units       learn the rounding of each unit (layer, block, pack) against its float output, front to back
+scales      learn the activation scales of each unit, weights as they are (the second phase of BRECQ)
+output_kl   learn scales and zero-points by the KL of the logits, held near where they start (the first stage of CAT's paper)
+finish      train everything that costs nothing at inference against the float network, on fresh views of the calibration images
+cat         append a cluster-based affine transformation of the logits
 """
 
 
@@ -23,14 +31,16 @@ A stage that learns (rounding, scales, the whole network) belongs behind the ran
 class Recipe:
     """All constants of a run.
 
-    ``Recipe.FAST`` and ``Recipe.STANDARD`` are the named ones; ``Recipe.FAST.replace(weight_p=2.0)`` changes a field.
+    Named ones are ``Recipe.FAST``, ``STANDARD``, ``BEST``, ``FINISH``, ``ADAROUND``, ``BRECQ``, ``QDROP``, ``PDQUANT``, ``GENIE``,
+    ``PACKPTQ`` and ``OUTPUT_KL``; ``Recipe.QDROP.replace(unit_iterations=1000)`` changes a field. Where a field has no source, its
+    default is that of QDrop.
 
     Raises:
         ConfigError: a field with a value that cannot be meant, by name, with what to write instead.
     """
 
     name: str = "custom"
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] = ("ranges", "bias", "cat")
     """Which stages run, ``"ranges"`` and any of the others of `STAGES`; the order is fixed."""
 
     weight_range: str = "lp"
@@ -52,7 +62,103 @@ class Recipe:
     """What is done about the spread of each output channel along with its mean: ``"none"``, ``"spread"``, ``"regression"`` or
     ``"balanced"`` (see `fxquant.passes.CorrectBias`)."""
     memory_gib: float = 2.0
-    """Budget for activations held at once while correcting biases, in GiB."""
+    """Budget for activations held at once, in GiB: bias correction takes fewer images, the cache of the units moves on into a memory-mapped
+    file."""
+    cache_dtype: str = "float32"
+    """How the cache of the units stores activations: ``"float32"`` (as they are) or ``"bfloat16"`` (half the bytes)."""
+    precision: str = "float32"
+    """In which precision the learning stages multiply: ``"float32"``, or ``"bfloat16"`` by autocast. Results are float32 either way."""
+    compile: bool = False
+    """Compile the steps of the network-wise stages with ``torch.compile`` (on CUDA with CUDA graphs): worth it from some thousand
+    steps on."""
+
+    unit_granularity: str = "block"
+    """What is learned together: ``"layer"``, ``"block"``, ``"pack"`` (runs of blocks, Pack-PTQ) or ``"network"``."""
+    pack_length: int = 4
+    """Most blocks in a pack."""
+    pack_score: str = "simple"
+    """How sensitive a block is: ``"simple"``, ``2 KL / mean(error^2)``, or ``"literal"``, with the first-order term as published."""
+    unit_iterations: int = 20_000
+    unit_batch: int = 32
+    unit_sampling: str = "random"
+    """How batches are drawn: ``"random"`` (with replacement) or ``"epochs"`` (each image once a pass)."""
+    unit_rounding_rate: float = 1e-3
+    """Adam's rate for the rounding."""
+    unit_rounding_weight: float = 0.01
+    """Weight of the loss that drives the rounding to 0 or 1."""
+    unit_beta_start: float = 20.0
+    unit_beta_end: float = 2.0
+    """The exponent of that loss behind the warm-up, and at the end."""
+    unit_beta_shape: str = "linear"
+    unit_warmup: float = 0.2
+    """Share of the iterations without that loss."""
+    unit_activations: bool = True
+    """Quantize activations while units are learned; False: weights alone, as AdaRound and the first phase of BRECQ."""
+    unit_activation_rate: float = 4e-5
+    """Rate for the scales of activations, falling along a cosine; 0 keeps them."""
+    unit_scale_rate: float = 0.0
+    """Rate for the scales of weights, falling along a cosine (Genie-M: 1e-4); 0 keeps them."""
+    unit_bias_rate: float = 0.0
+    """Rate for biases, falling along a cosine; 0 keeps them."""
+    unit_drop: float = 0.5
+    """Probability with which an activation stays float inside a unit (QDrop)."""
+    unit_input_drop: float = 0.5
+    """Share of a unit's input taken from the float network, elementwise (QDrop)."""
+    unit_fisher: str = "none"
+    """Weight errors by the gradient of the KL of the logits: ``"none"``, ``"diagonal"`` or ``"full"`` (BRECQ)."""
+    unit_kl_weight: float = 0.0
+    """Weight of the KL of the logits behind the float rest of the network (PD-Quant: 10)."""
+    unit_kl_temperature: float = 4.0
+    unit_correction_iterations: int = 0
+    """Steps of distribution correction for each batch of a unit's float input (PD-Quant: 500)."""
+    unit_correction_rate: float = 1e-3
+    unit_correction_pull: float = 50.0
+    """Weight that holds the corrected input to the true one (PD-Quant: 1 / 0.02)."""
+    unit_ranges: str = "float"
+    """Where the scales of activations start: ``"float"``, from the float network, or ``"prefix"``, from what reaches the unit
+    (PD-Quant)."""
+
+    scales_iterations: int = 5000
+    scales_rate: float = 4e-4
+    scales_p: float = 2.4
+
+    output_kl_iterations: int = 1000
+    output_kl_batch: int = 64
+    output_kl_rate: float = 4e-5
+    output_kl_temperature: float = 4.0
+    """T of the CAT paper's first stage (its runs use 4 for ResNets, 1 for mobile networks)."""
+    output_kl_penalty: float = 0.1
+    """lambda_p, which holds scales and zero-points to where they start."""
+
+    finish_iterations: int = 4000
+    finish_batch: int = 64
+    finish_weight_rate: float = 0.01
+    """Adam's peak rate for weights, in quarters of their range: steps of a two-bit grid, whatever the bits."""
+    finish_scale_rate: float = 3e-3
+    """Rate for the scales of weights, as a ratio to where they start."""
+    finish_activation_rate: float = 3e-3
+    """Rate for the scales of activations, as a ratio to where they start."""
+    finish_bias_rate: float = 1.5e-3
+    finish_warmup: float = 0.02
+    """Share of the iterations in which the rates rise; then they fall along a cosine."""
+    finish_temperature: float = 4.0
+    """Temperature of the KL of the logits, which is weighted by its square."""
+    finish_feature_weight: float = 100.0
+    """Weight of the normalised error at unit outputs."""
+    finish_mix: float = 0.0
+    """Share of the float value in activations at the start."""
+    finish_mix_until: float = 0.6
+    """Share of the iterations at which that share has fallen to 0."""
+    finish_augment: str = "crop+flip"
+    """How views of the calibration images are made when the loader has no randomness of its own, as `augment`."""
+    finish_blend: float = 1.0
+    """Share of the batches in which images are blended (mixup) or cut together (CutMix), one half each; the teacher says what they show."""
+    finish_holdout: float = 0.0625
+    """Share of the calibration images kept out of the training, to keep the best state by their KL."""
+    finish_checks: int = 20
+    """How often that is looked at."""
+    finish_averaging: float = 0.0
+    """Decay of the moving average of everything learned, which is what stays (0: the last state)."""
 
     augment: str = "crop"
     """How fresh views of the calibration images are made when the loader has no randomness of its own: ``"none"``, ``"crop"`` (shift by
@@ -68,34 +174,30 @@ class Recipe:
     cat_alpha: float = 0.4
     """Blend with ``cat="paper"``."""
 
+    ADAROUND: ClassVar[Recipe]
+    BEST: ClassVar[Recipe]
+    BRECQ: ClassVar[Recipe]
     FAST: ClassVar[Recipe]
+    FINISH: ClassVar[Recipe]
+    GENIE: ClassVar[Recipe]
+    OUTPUT_KL: ClassVar[Recipe]
+    PACKPTQ: ClassVar[Recipe]
+    PDQUANT: ClassVar[Recipe]
+    QDROP: ClassVar[Recipe]
     STANDARD: ClassVar[Recipe]
 
     def __post_init__(self) -> None:
         if isinstance(self.stages, str) or not set(self.stages) <= set(STAGES) or "ranges" not in self.stages:
             raise ConfigError(f"{self.stages!r} are not stages", where="Recipe.stages", fix=f"Choose 'ranges' and any others of {STAGES}")
         object.__setattr__(self, "stages", tuple(stage for stage in STAGES if stage in self.stages))
-        for name in ("weight_range", "activation_range"):
-            _one_of(f"Recipe.{name}", getattr(self, name), ("lp", "minmax", "percentile", "kl"))
-        _one_of("Recipe.bias_gain", self.bias_gain, ("none", "spread", "regression", "balanced"))
-        _one_of("Recipe.augment", self.augment, ("none", "crop", "crop+flip"))
-        for name, low, high in (
-            ("weight_p", 1.0, 10.0),
-            ("activation_p", 1.0, 10.0),
-            ("percentile", 0.501, 1.0),
-            ("cat_alpha", 0.0, 1.0),
-            ("memory_gib", 0.001, 10_000.0),
-            ("bias_images", 1, 10**9),
-            ("cat_views", 1, 1000),
-            ("cat_folds", 2, 100),
-            ("cat_clusters", 1, 10**6),
-            ("cat_pca", 0, 10**6),
-        ):
+        for name, words in _WORDS.items():
+            _one_of(f"Recipe.{name}", getattr(self, name), words)
+        for name, (low, high) in _NUMBERS.items():
             value, kinds = getattr(self, name), int if isinstance(low, int) else int | float
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 what = "whole number" if kinds is int else "number"
                 raise ConfigError(f"{value!r} is no {what} from {low} to {high}", where=f"Recipe.{name}", fix="Choose one")
-        for name in ("weight_symmetric", "activation_symmetric"):
+        for name in ("weight_symmetric", "activation_symmetric", "unit_activations", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{getattr(self, name)!r} is no truth value", where=f"Recipe.{name}", fix="Use True or False")
         if not isinstance(self.name, str):
@@ -103,17 +205,24 @@ class Recipe:
 
     @classmethod
     def named(cls, recipe: str | Recipe) -> Recipe:
-        """Return the recipe called `recipe` (``"fast"``, ``"standard"``), or `recipe` itself."""
+        """Return the recipe called `recipe` (``"fast"``, ``"standard"``, ``"qdrop"``, ...), or `recipe` itself."""
         if isinstance(recipe, Recipe):
             return recipe
-        presets = {preset.name: preset for preset in (cls.FAST, cls.STANDARD)}
-        _one_of("recipe", recipe, tuple(presets))
-        return presets[recipe]
+        _one_of("recipe", recipe, tuple(PRESETS))
+        return PRESETS[recipe]
 
     def replace(self, **changes: Any) -> Recipe:
         """Return a copy with some fields changed; its name gets a ``+`` behind it unless a new one is given."""
         _known(changes)
         return dataclasses.replace(self, **{"name": self.name.rstrip("+") + "+", **changes})
+
+    def settings(self, kind: type[T], prefix: str, **given: Any) -> T:
+        """Return the dataclass `kind` with each field not `given` from ``<prefix>_<field>`` or ``<field>`` here, where there is one."""
+        for name in (field.name for field in dataclasses.fields(kind)):  # type: ignore[arg-type]
+            source = next((own for own in (f"{prefix}_{name}", name) if hasattr(self, own)), None)
+            if source and name not in given:
+                given[name] = getattr(self, source)
+        return kind(**given)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as JSON-able values."""
@@ -157,5 +266,74 @@ def _one_of(where: str, value: Any, allowed: Any) -> None:
         raise ConfigError(f"{value!r} is not known", where=where, fix=one_of(str(value), allowed))
 
 
+_RANGES = ("lp", "minmax", "percentile", "kl")
+_WORDS: dict[str, tuple[str, ...]] = {
+    "weight_range": _RANGES,
+    "activation_range": _RANGES,
+    "bias_gain": ("none", "spread", "regression", "balanced"),
+    "augment": ("none", "crop", "crop+flip"),
+    "finish_augment": ("none", "crop", "crop+flip"),
+    "cache_dtype": ("float32", "bfloat16"),
+    "precision": ("float32", "bfloat16"),
+    "unit_granularity": ("layer", "block", "pack", "network"),
+    "pack_score": ("simple", "literal"),
+    "unit_sampling": ("random", "epochs"),
+    "unit_beta_shape": ("linear", "cosine"),
+    "unit_fisher": ("none", "diagonal", "full"),
+    "unit_ranges": ("float", "prefix"),
+}
+"""The words that a field can have."""
+
+_NUMBERS: dict[str, tuple[float, float]] = {
+    "weight_p": (1.0, 10.0),
+    "activation_p": (1.0, 10.0),
+    "percentile": (0.501, 1.0),
+    "cat_alpha": (0.0, 1.0),
+    "memory_gib": (0.001, 10_000.0),
+    **dict.fromkeys(("bias_images", "unit_batch", "output_kl_batch", "finish_batch"), (1, 10**9)),
+    **dict.fromkeys(("unit_iterations", "unit_correction_iterations", "scales_iterations", "output_kl_iterations"), (0, 10**9)),
+    "finish_iterations": (0, 10**9),
+    "finish_checks": (1, 10**6),
+    "pack_length": (1, 1000),
+    "cat_views": (1, 1000),
+    "cat_folds": (2, 100),
+    "cat_clusters": (1, 10**6),
+    "cat_pca": (0, 10**6),
+    **dict.fromkeys(
+        ("unit_rounding_rate", "unit_activation_rate", "unit_scale_rate", "unit_bias_rate", "unit_correction_rate"), (0.0, 10.0)
+    ),
+    **dict.fromkeys(("scales_rate", "output_kl_rate", "finish_weight_rate", "finish_scale_rate"), (0.0, 10.0)),
+    **dict.fromkeys(("finish_activation_rate", "finish_bias_rate"), (0.0, 10.0)),
+    **dict.fromkeys(("unit_rounding_weight", "unit_kl_weight", "unit_correction_pull", "output_kl_penalty"), (0.0, 1e9)),
+    "finish_feature_weight": (0.0, 1e9),
+    **dict.fromkeys(("unit_kl_temperature", "output_kl_temperature", "finish_temperature"), (1e-3, 1e3)),
+    **dict.fromkeys(("unit_beta_start", "unit_beta_end"), (1.0, 1e3)),
+    "scales_p": (1.0, 10.0),
+    **dict.fromkeys(("unit_warmup", "unit_drop", "unit_input_drop", "finish_mix", "finish_mix_until", "finish_blend"), (0.0, 1.0)),
+    **dict.fromkeys(("finish_warmup", "finish_holdout"), (0.0, 0.9)),
+    "finish_averaging": (0.0, 0.99999),
+}
+"""The smallest and the largest number that a field can have; whole where the smallest is written so."""
+
+_UNITS = ("ranges", "units")
+
 Recipe.FAST = Recipe(name="fast")
-Recipe.STANDARD = Recipe(name="standard")
+Recipe.ADAROUND = Recipe(
+    name="adaround", stages=_UNITS, unit_granularity="layer", unit_activations=False, unit_input_drop=0.0, unit_beta_shape="cosine"
+)
+Recipe.BRECQ = Recipe(name="brecq", stages=("ranges", "units", "scales"), unit_activations=False, unit_input_drop=0.0)
+Recipe.QDROP = Recipe(name="qdrop", stages=_UNITS)
+Recipe.PDQUANT = Recipe(
+    name="pdquant", stages=_UNITS, unit_rounding_rate=3e-3, unit_kl_weight=10.0, unit_correction_iterations=500, unit_ranges="prefix"
+)
+Recipe.GENIE = Recipe(
+    name="genie", stages=_UNITS, unit_scale_rate=1e-4, unit_rounding_weight=1.0, unit_sampling="epochs", activation_symmetric=True
+)
+Recipe.PACKPTQ = Recipe(name="packptq", stages=_UNITS, unit_granularity="pack", unit_batch=16, unit_rounding_rate=3e-3)
+Recipe.OUTPUT_KL = Recipe(name="output_kl", stages=("ranges", "output_kl"))
+Recipe.FINISH = Recipe(name="finish", stages=("ranges", "finish"))
+Recipe.STANDARD = Recipe(name="standard", stages=("ranges", "bias", "finish", "cat"), precision="bfloat16")
+Recipe.BEST = Recipe(name="best", stages=("ranges", "bias", "finish", "cat"), precision="bfloat16", finish_iterations=12_000)
+
+PRESETS = {value.name: value for value in vars(Recipe).values() if isinstance(value, Recipe)}
+"""The named recipes."""

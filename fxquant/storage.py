@@ -11,12 +11,9 @@ graph it was made from, every name, shape and type) before a network is built fr
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from torch.fx import GraphModule
 
 from fxquant.cat import CAT
 from fxquant.errors import ConfigError, StorageError, TraceError
+from fxquant.files import checksum, write_whole
 from fxquant.graph import called, fingerprint, insert_behind, is_traced, put_module
 from fxquant.inspection import check_network
 from fxquant.kinds import WEIGHTED, kind
@@ -80,8 +78,13 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str]) -> None:
         tensors[f"{name}.zero_point"] = (tensors[f"{name}.zero_point"] - qmin).to(torch.uint8)
     tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     header = {"version": VERSION, "record": record.to_dict(), "quantizers": quantizers, "cat": cats}
-    header["checksum"] = _checksum(header, tensors)
-    _write(Path(path), to_bytes(tensors, {FORMAT: json.dumps(header)}))
+    header["checksum"] = checksum(json.dumps(header), tensors)
+    try:
+        write_whole(Path(path), to_bytes(tensors, {FORMAT: json.dumps(header)}))
+    except OSError as error:
+        raise StorageError(
+            f"cannot be written: {error}", where=str(path), fix="Check the folder, its permissions and the free space"
+        ) from error
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> GraphModule:
@@ -194,7 +197,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies, since the file is anywhere in memory, and kernels round by how their operands are aligned.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise StorageError(
             f"is damaged, truncated, or no safetensors file ({error})", where=str(path), fix="Copy it again, or save it anew"
@@ -203,38 +207,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise StorageError("is a safetensors file, but not one of fxquant", where=str(path), fix="Load a file that fxquant.save wrote")
     try:
         header = json.loads(metadata[FORMAT])
-        version, checksum = header["version"], header.pop("checksum")
+        version, expected = header["version"], header.pop("checksum")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError("is damaged: its header cannot be read", where=str(path), fix="Copy it again, or save it anew") from error
     if version != VERSION:
         raise StorageError(f"has format version {version!r}, this fxquant reads {VERSION}", where=str(path), fix="Upgrade fxquant")
-    if checksum != _checksum(header, tensors):
+    if expected != checksum(json.dumps(header), tensors):
         raise StorageError("is damaged: its checksum does not match", where=str(path), fix="Copy it again, or save it anew")
     return header, tensors
-
-
-def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(header).encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write beside the file, then move over it: whoever opens `path` finds the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise StorageError(
-            f"cannot be written: {error}", where=str(path), fix="Check the folder, its permissions and the free space"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -3,18 +3,20 @@
 from fxquant.passes.append_cat import AppendCAT
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.correct_bias import CorrectBias
+from fxquant.passes.finish_network import FinishNetwork
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
 from fxquant.passes.freeze import Freeze
 from fxquant.passes.insert_fake_quant import InsertFakeQuant
 from fxquant.passes.insert_observers import InsertObservers
 from fxquant.passes.modularize_weights import ModularizeWeights
+from fxquant.passes.reconstruct_units import ReconstructUnits
 from fxquant.passes.split_norm_act import SplitNormAct
 from fxquant.passes.unshare_modules import UnshareModules
 
 PREPARE = (Canonicalize, ModularizeWeights, UnshareModules, SplitNormAct, FoldBatchNorm)
 """From the traced graph to the float graph that is quantized; outputs stay equal."""
 
-QUANTIZE = (InsertObservers, InsertFakeQuant, CorrectBias, Freeze, AppendCAT)
+QUANTIZE = (InsertObservers, InsertFakeQuant, CorrectBias, ReconstructUnits, FinishNetwork, Freeze, AppendCAT)
 """From that float graph to the quantized one."""
 
 __all__ = [
@@ -23,11 +25,13 @@ __all__ = [
     "AppendCAT",
     "Canonicalize",
     "CorrectBias",
+    "FinishNetwork",
     "FoldBatchNorm",
     "Freeze",
     "InsertFakeQuant",
     "InsertObservers",
     "ModularizeWeights",
+    "ReconstructUnits",
     "SplitNormAct",
     "UnshareModules",
 ]

@@ -13,6 +13,7 @@ from fxquant.passes.modularize_weights import ModularizeWeights
 from fxquant.passes.split_norm_act import SplitNormAct
 from fxquant.passes.unshare_modules import UnshareModules
 from fxquant.pipeline import Pass, Skip
+from fxquant.reconstruction.norms import NORMS, FoldedNorm
 
 
 class FoldBatchNorm(Pass):
@@ -54,8 +55,20 @@ class FoldBatchNorm(Pass):
         assert isinstance(match, Node)
         norm = module_of(node)
         assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        # Distribution correction needs the statistics that folding hides, but only during the run: meta need not survive a save.
+        gm.meta[NORMS] = {**gm.meta.get(NORMS, {}), str(match.target): statistics(module_of(match), norm)}
         put_module(gm, str(match.target), fold(module_of(match), norm))
         bypass(node, match)
+
+
+@torch.no_grad()
+def statistics(layer: nn.Module, norm: nn.modules.batchnorm._BatchNorm) -> FoldedNorm:
+    """Return what `norm` knows of the outputs of `layer`, and how it changes them."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    deviation = (norm.running_var + norm.eps).sqrt()
+    factor = deviation.reciprocal() if norm.weight is None else norm.weight / deviation
+    shift = -factor * norm.running_mean if norm.bias is None else norm.bias - factor * norm.running_mean
+    return FoldedNorm(norm.running_mean.clone(), deviation, factor, shift)
 
 
 @torch.no_grad()

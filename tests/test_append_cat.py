@@ -76,7 +76,7 @@ def test_an_exported_network(net, images):
 
 
 def test_several_clusters_are_one_node_more(net, images, untouched):
-    quantized = fxquant.quantize(net, images, cat=False, progress=False)
+    quantized = fxquant.quantize(net, images, cat=False, recipe="fast", progress=False)
     with untouched(quantized), untouched(net):
         corrected = append_cat(quantized, net, images, fit="kl", clusters=3)
     assert isinstance(corrected, torch.fx.GraphModule)
@@ -89,7 +89,7 @@ def test_several_clusters_are_one_node_more(net, images, untouched):
 
 @pytest.mark.parametrize("edges", ["8bit", "float"])
 def test_one_cluster_folds_into_the_classifier(net, images, untouched, edges):
-    quantized = fxquant.quantize(net, images, cat=False, edges=edges, progress=False)
+    quantized = fxquant.quantize(net, images, cat=False, edges=edges, recipe="fast", progress=False)
     with untouched(quantized):
         corrected = append_cat(quantized, net, images, fit="kl", clusters=1, alpha=0.5)
     assert len(corrected.graph.nodes) == len(quantized.graph.nodes)
@@ -100,7 +100,7 @@ def test_one_cluster_folds_into_the_classifier(net, images, untouched, edges):
 
 
 def test_the_report_knows(net, images):
-    quantized = fxquant.quantize(net, images, cat=False, progress=False)
+    quantized = fxquant.quantize(net, images, cat=False, recipe="fast", progress=False)
     corrected = append_cat(quantized, net, images, fit="kl", clusters=2)
     before, after = (fxquant.report(network).record for network in (quantized, corrected))
     assert before.cat == {}
@@ -110,7 +110,8 @@ def test_the_report_knows(net, images):
 
 
 def test_nothing_helps(net, images):
-    quantized = fxquant.quantize(net, images, 8, 8, cat=False, edges="float", overrides={"*": {"w": None, "a": 8}}, progress=False)
+    options = {"edges": "float", "overrides": {"*": {"w": None, "a": 8}}}
+    quantized = fxquant.quantize(net, images, 8, 8, cat=False, recipe="fast", progress=False, **options)
     assert append_cat(net, net, images) is net
     same = append_cat(lambda x: net(x), net, images)
     assert torch.equal(same(images[0]), net(images[0]))
@@ -201,7 +202,7 @@ def test_not_callable(net, images):
 
 
 def test_a_correction_twice(net, images):
-    once = append_cat(fxquant.quantize(net, images, cat=False, progress=False), net, images, fit="kl", clusters=2)
+    once = append_cat(fxquant.quantize(net, images, cat=False, recipe="fast", progress=False), net, images, fit="kl", clusters=2)
     with pytest.raises(fxquant.CATError, match=r"has a CAT already. Pass it as it was before"):
         append_cat(once, net, images)
 

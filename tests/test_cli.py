@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -15,6 +16,8 @@ from torch import nn
 import fxquant
 from fxquant import cli, folder, networks
 from fxquant.errors import CalibrationError, ConfigError, StorageError
+from fxquant.recipe import PRESETS
+from fxquant.reconstruction.keeper import Keeper
 
 NAME = "test_resnet"
 
@@ -42,7 +45,7 @@ def run(command: str, root: Path, *words: str) -> int:
     """Run a command on the tiny network and its photos."""
     given = [command, "--model", NAME, "--num-classes", "3"]
     if command == "quantize":
-        given += ["--weights", str(root / "float.safetensors"), "--edges", "same"]
+        given += ["--weights", str(root / "float.safetensors"), "--edges", "same", "--recipe", "fast"]
     if command != "report":
         given += ["--data", str(root / "photos")]
     return cli.main([*given, *words])
@@ -109,6 +112,8 @@ def test_unknown_model_suggests_the_nearest(place: Path, capsys: pytest.CaptureF
         (["--recipe", "fats"], "did you mean 'fast'?"),
         (["--recipe", "nowhere.toml"], "nowhere.toml: is no file"),
         (["--out", "nowhere/q.safetensors"], "its folder does not exist"),
+        (["--resume", "nowhere"], "nowhere"),
+        (["--resume", "one", "--checkpoint", "other"], "'other' and 'one' are two folders"),
     ],
 )
 def test_bad_input_is_one_message(place: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: str) -> None:
@@ -128,6 +133,63 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
             cli.main(words)
         assert stop.value.code == 0
         assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("command", "default"), [("quantize", "standard"), ("demo", "fast")])
+def test_help_names_every_recipe(command: str, default: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"{', '.join(PRESETS)}, or a TOML file (default: {default};" in text
+    given = [] if command == "demo" else ["--model", "m", "--weights", "w", "--data", "d", "--out", "o"]
+    assert cli.parser().parse_args([command, *given]).recipe == default
+
+
+@pytest.fixture
+def learning(tmp_path: Path) -> str:
+    """A recipe file that learns, but not for long."""
+    brief = {"unit_iterations": 2, "unit_batch": 2, "finish_iterations": 2, "finish_batch": 2, "finish_checks": 2}
+    fxquant.Recipe(name="brief", stages=("ranges", "units", "finish"), **brief).save(tmp_path / "brief.toml")
+    return str(tmp_path / "brief.toml")
+
+
+@pytest.mark.parametrize("stage", ["units", "finish"])
+def test_a_run_that_was_stopped_goes_on(place: Path, tmp_path: Path, learning: str, stage: str, capsys, monkeypatch) -> None:
+    def words(out: str, *more: str) -> tuple[str, ...]:
+        return "--out", str(tmp_path / out), "--recipe", learning, "--images", "6", "--quiet", *more
+
+    whole = Keeper.save
+
+    def stopped(self: Keeper, at: str, done: int, *rest: Any) -> None:
+        whole(self, at, done, *rest)
+        if (at, done) == (stage, 1):
+            raise KeyboardInterrupt
+
+    assert run("quantize", place, *words("whole.safetensors")) == 0
+    monkeypatch.setattr(Keeper, "save", stopped)
+    folder = tmp_path / "run"
+    capsys.readouterr()
+    assert run("quantize", place, *words("part.safetensors", "--checkpoint", str(folder))) == 130
+    assert capsys.readouterr().err == f"stopped; --resume {folder} goes on from here\n"
+    assert [path.name for path in folder.iterdir()] == ["checkpoint.safetensors"]
+    assert not (tmp_path / "part.safetensors").exists()
+    monkeypatch.undo()
+    capsys.readouterr()
+    other = run("quantize", place, *words("part.safetensors", "--resume", str(folder), "--w", "3"))
+    assert str(folder) in message(capsys, other)
+    assert run("quantize", place, *words("part.safetensors", "--resume", str(folder))) == 0
+    assert (tmp_path / "part.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert not folder.exists()
+
+
+def test_a_run_that_was_stopped_before_it_learned(place: Path, tmp_path: Path, learning: str, capsys, monkeypatch) -> None:
+    def stopped(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fxquant, "quantize", stopped)
+    words = ("--out", str(tmp_path / "q.safetensors"), "--recipe", learning, "--checkpoint", str(tmp_path / "run"), "--quiet")
+    assert run("quantize", place, *words) == 130
+    assert capsys.readouterr().err == "stopped\n"
 
 
 def test_cat_settings() -> None:

@@ -23,7 +23,7 @@ SETTINGS = {
 def quantized(request, net, images) -> torch.fx.GraphModule:
     settings = dict(SETTINGS[request.param])
     clusters = settings.pop("cat")
-    result = fxquant.quantize(net, images, cat=False, progress=False, **settings)
+    result = fxquant.quantize(net, images, **{"cat": False, "recipe": "fast", "progress": False, **settings})
     if clusters:
         result = fxquant.append_cat(result, net, images, fit="kl", clusters=clusters, progress=False)
         assert isinstance(result, torch.fx.GraphModule)
@@ -66,7 +66,7 @@ def test_export_with_any_batch_size(quantized, images):
 
 def test_inductor(net, images):
     torch._dynamo.reset()
-    quantized = fxquant.quantize(net, images, cat=False, progress=False)
+    quantized = fxquant.quantize(net, images, cat=False, recipe="fast", progress=False)
     quantized = fxquant.append_cat(quantized, net, images, fit="kl", clusters=2, progress=False)
     compiled = torch.compile(quantized, fullgraph=True)
     # Fused arithmetic may move a value across a rounding threshold, which a 2-bit network feels: most outputs agree closely.

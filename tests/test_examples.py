@@ -75,3 +75,38 @@ def test_benchmark_resnet18() -> None:
     done = run("04_benchmark_resnet18.py", "--skip-inference")
     assert done.returncode == 0, done.stderr
     assert "weight ranges" in done.stdout
+
+
+def test_reconstruction_on_a_network_of_ones_own(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "zoo.py").write_text(ZOO)
+    words = [
+        str(tmp_path),
+        "--recipes",
+        "fast",
+        "finish",
+        "--set",
+        "finish_iterations=2",
+        "--seeds",
+        "0",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = run("06_reconstruction.py", *words)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in (tmp_path / "out" / "runs.md").read_text().splitlines() if line.startswith("|")]
+    assert lines[0] == "| bits | recipe | seeds | top-1 % | agreement % | KL to float | seconds |"
+    assert sorted(line.split("|")[2].strip() for line in lines[2:]) == ["fast finish_iterations=2", "finish finish_iterations=2"]
+    assert all(line.split("|")[3].strip() == "2" for line in lines[2:])
+    assert (tmp_path / "out" / "runs.png").stat().st_size > 1000
+    before = (tmp_path / "out" / "runs.jsonl").read_text()
+    assert run("06_reconstruction.py", *words).returncode == 0
+    assert (tmp_path / "out" / "runs.jsonl").read_text() == before, "a run that is there already was repeated"
+
+
+def test_benchmark_reconstruction_on_a_network_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "zoo.py").write_text(ZOO)
+    done = run("07_benchmark_reconstruction.py", str(tmp_path), "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| 2.2 |") == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TOP = {"quantize", "correction", "storage", "reporting", "cli", "demo", "__init__"}
+TOP = {"quantize", "learning", "correction", "storage", "reporting", "cli", "demo", "__init__"}
 """Files of fxquant/ that tell the story: they may import everything."""
 
 PRIVATE = {

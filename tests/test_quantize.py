@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 from typing import Any
 
@@ -18,10 +19,20 @@ from fxquant.cat import CAT
 from fxquant.metrics import kl_divergence
 from fxquant.quantizers import UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
+from fxquant.recipe import PRESETS
+
+PASSES = {"units": "reconstruct_units", "scales": "reconstruct_units", "output_kl": "finish_network", "finish": "finish_network"}
+"""The pass of each stage that learns."""
+
+BRIEFLY = {
+    **dict.fromkeys(("unit_iterations", "unit_correction_iterations", "scales_iterations", "output_kl_iterations"), 2),
+    **{"finish_iterations": 2, "finish_checks": 1, "unit_batch": 8, "output_kl_batch": 8, "finish_batch": 8},
+}
+"""Constants with which the stages that learn are over at once."""
 
 
 def quantize(model: nn.Module, loader: Any, *args: Any, **options: Any) -> torch.fx.GraphModule:
-    return fxquant.quantize(model, loader, *args, **{"progress": False, **options})
+    return fxquant.quantize(model, loader, *args, **{"progress": False, "recipe": "fast", **options})
 
 
 def record_of(model: nn.Module) -> Any:
@@ -286,10 +297,19 @@ def test_cat_lowers_the_divergence_on_other_images(net):
 # Recipes
 
 
-def test_standard_is_fast_for_now(net, images):
-    fast, standard = (quantize(net, images, recipe=name) for name in ("fast", "standard"))
-    assert same_state(fast, standard)
-    assert (record_of(fast).recipe.name, record_of(standard).recipe.name) == ("fast", "standard")
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_named_recipe_does_what_its_stages_say(net, images, name):
+    recipe = fxquant.Recipe.named(name).replace(name=name, **BRIEFLY)
+    record = record_of(quantize(net, images, recipe=recipe))
+    assert record.recipe == recipe
+    stages = [stage for stage in recipe.stages if stage in PASSES]
+    learned = [log.name for log in record.passes if log.name in PASSES.values()]
+    assert learned == [PASSES[stage] for stage in stages]
+    assert bool(record.cat) == ("cat" in recipe.stages)
+
+
+def test_the_default_recipe_is_standard():
+    assert inspect.signature(fxquant.quantize).parameters["recipe"].default == "standard"
 
 
 @pytest.mark.parametrize("stages", [("ranges",), ("ranges", "bias"), ("ranges", "cat"), ("ranges", "bias", "cat")])

@@ -59,7 +59,7 @@ def measure(trained):
 
     def run(bits: int, cat: bool) -> tuple[float, float]:
         if (bits, cat) not in known:
-            quantized = fxquant.quantize(network, train, w=bits, a=bits, cat=cat, progress=False)
+            quantized = fxquant.quantize(network, train, w=bits, a=bits, cat=cat, recipe="fast", progress=False)
             student = logits(quantized, test)
             known[bits, cat] = top1(student, labels), kl_divergence(student, teacher).mean().item()
             print(

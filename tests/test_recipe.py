@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 
 import pytest
 
 import fxquant
 from fxquant import Recipe
+from fxquant.errors import listed
+from fxquant.recipe import _NUMBERS, _WORDS, PRESETS, STAGES
+
+TRUTHS = [field.name for field in dataclasses.fields(Recipe) if field.type == "bool"]
 
 
 def test_named():
@@ -17,9 +23,36 @@ def test_named():
     assert Recipe.named(own) is own
 
 
+def test_names():
+    names = "fast standard best finish adaround brecq qdrop pdquant genie packptq output_kl"
+    assert set(PRESETS) == set(names.split())
+    for name, recipe in PRESETS.items():
+        assert Recipe.named(name) is recipe is getattr(Recipe, name.upper())
+        assert recipe.name == name
+    assert len({recipe.replace(name="") for recipe in PRESETS.values()}) == len(PRESETS)
+
+
+def test_published_constants():
+    learned = {name: set(recipe.stages) - {"ranges", "bias", "cat"} for name, recipe in PRESETS.items()}
+    assert learned.pop("fast") == set()
+    assert learned.pop("brecq") == {"units", "scales"}
+    assert [learned.pop(name) for name in ("output_kl", "finish")] == [{"output_kl"}, {"finish"}]
+    assert all("finish" in learned.pop(name) for name in ("standard", "best"))
+    assert set(learned) == {"adaround", "qdrop", "pdquant", "genie", "packptq"}
+    assert all(stages == {"units"} for stages in learned.values())
+    assert {PRESETS[name].unit_iterations for name in (*learned, "brecq")} == {20_000}
+    assert (Recipe.QDROP.unit_drop, Recipe.QDROP.unit_input_drop, Recipe.QDROP.unit_granularity) == (0.5, 0.5, "block")
+    assert (Recipe.QDROP.unit_rounding_weight, Recipe.QDROP.unit_warmup) == (0.01, 0.2)
+    assert (Recipe.QDROP.unit_beta_start, Recipe.QDROP.unit_beta_end) == (20, 2)
+    assert (Recipe.ADAROUND.unit_granularity, Recipe.ADAROUND.unit_activations, Recipe.BRECQ.unit_activations) == ("layer", False, False)
+    assert (Recipe.PDQUANT.unit_kl_weight, Recipe.PDQUANT.unit_correction_iterations) == (10, 500)
+    assert (Recipe.GENIE.unit_scale_rate, Recipe.QDROP.unit_scale_rate) == (1e-4, 0)
+    assert Recipe.PACKPTQ.unit_granularity == "pack"
+
+
 @pytest.mark.parametrize("name", ["", "slow", None, 3, {}, []])
 def test_unknown_name(name):
-    with pytest.raises(fxquant.ConfigError, match=r"is not known. Use one of 'fast', 'standard'"):
+    with pytest.raises(fxquant.ConfigError, match=re.escape(f"is not known. Use one of {listed(PRESETS)}")):
         Recipe.named(name)
 
 
@@ -73,6 +106,20 @@ def test_stages_that_cannot_be_meant(stages):
         ("weight_symmetric", "yes"),
         ("activation_symmetric", 1),
         ("name", None),
+        ("unit_granularity", "stage"),
+        ("unit_activations", 1),
+        ("unit_iterations", 1e3),
+        ("unit_batch", 0),
+        ("unit_beta_end", 0),
+        ("pack_length", 0),
+        ("cache_dtype", "float16"),
+        ("precision", "half"),
+        ("finish_checks", 0),
+        ("finish_iterations", -1),
+        ("finish_holdout", 1.0),
+        ("finish_averaging", 1.0),
+        ("finish_temperature", 0),
+        ("finish_weight_rate", float("inf")),
     ],
 )
 def test_values_that_cannot_be_meant(field, value):
@@ -80,14 +127,59 @@ def test_values_that_cannot_be_meant(field, value):
         Recipe(**{field: value})
 
 
+def test_every_field_is_checked():
+    assert {field.name for field in dataclasses.fields(Recipe)} == {"name", "stages", *TRUTHS, *_WORDS, *_NUMBERS}
+
+
+@pytest.mark.parametrize("field", _WORDS)
+def test_words(field):
+    for word in _WORDS[field]:
+        assert getattr(Recipe(**{field: word}), field) == word
+    for wrong in ("", _WORDS[field][0].upper(), None, 1, _WORDS[field], True):
+        with pytest.raises(fxquant.ConfigError, match=rf"^Recipe\.{field}: .* is not known. Use one of {re.escape(listed(_WORDS[field]))}"):
+            Recipe(**{field: wrong})
+
+
+@pytest.mark.parametrize("field", _NUMBERS)
+def test_numbers(field):
+    low, high = _NUMBERS[field]
+    for number in (low, high):
+        assert getattr(Recipe(**{field: number}), field) == number
+    whole = isinstance(low, int)
+    for wrong in (low - 1, high + max(1, high), "1", None, True, float("nan"), float("inf"), [low], *([low + 0.5] if whole else [])):
+        with pytest.raises(
+            fxquant.ConfigError, match=rf"^Recipe\.{field}: .* is no {'whole ' if whole else ''}number from .*\. Choose one"
+        ):
+            Recipe(**{field: wrong})
+
+
+@pytest.mark.parametrize("field", TRUTHS)
+def test_truths(field):
+    for wrong in (0, 1, "true", None):
+        with pytest.raises(fxquant.ConfigError, match=rf"^Recipe\.{field}: .* is no truth value. Use True or False"):
+            Recipe(**{field: wrong})
+
+
+def test_a_learning_recipe_of_ones_own():
+    own = Recipe(stages=("finish", "scales", "output_kl", "units", "ranges"), unit_iterations=0)
+    assert own.stages == ("ranges", "units", "scales", "output_kl", "finish")
+    assert set(own.stages) < set(STAGES)
+
+
 @pytest.mark.parametrize(
-    "recipe", [Recipe.FAST, Recipe.STANDARD, Recipe(stages=("ranges",), weight_symmetric=True, name='a "b"\\ü', cat_alpha=1)]
+    "recipe",
+    [
+        *PRESETS.values(),
+        Recipe.QDROP.replace(unit_iterations=1000, unit_activation_rate=1e-5),
+        Recipe(stages=("ranges",), weight_symmetric=True, name='a "b"\\ü', cat_alpha=1),
+    ],
 )
 def test_file_round_trip(tmp_path, recipe):
     recipe.save(tmp_path / "recipe.toml")
     assert Recipe.load(tmp_path / "recipe.toml") == recipe
     assert Recipe.load(str(tmp_path / "recipe.toml")) == recipe
     assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
 def test_file_with_some_of_the_fields(tmp_path):

@@ -37,11 +37,11 @@ class Computed(nn.Module):
 @pytest.fixture
 def quantized(images):
     torch.manual_seed(0)
-    return fxquant.quantize(Computed().eval(), images, progress=False, overrides={"stem": {"w": None}})
+    return fxquant.quantize(Computed().eval(), images, recipe="fast", progress=False, overrides={"stem": {"w": None}})
 
 
 def test_every_layer_with_its_bits(net, images):
-    text = str(fxquant.report(fxquant.quantize(net, images, 3, 5, progress=False)))
+    text = str(fxquant.report(fxquant.quantize(net, images, 3, 5, recipe="fast", progress=False)))
     rows = {line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]] for line in text.splitlines() if "│" in line}
     assert rows["conv1"][:4] == ["conv", "first", "8", "float"]
     assert rows["blocks.0.0.0"][:4] == ["conv", "", "3", "5"]
@@ -59,20 +59,20 @@ def test_refusals_with_their_reasons(quantized):
 def test_what_was_asked(quantized):
     text = str(fxquant.report(quantized))
     assert "8bit: first and last weights and the last layer's input at 8 bits" in text
-    assert "standard, seed 0, 64 calibration images" in text
+    assert "fast, seed 0, 64 calibration images" in text
     for log in fxquant.report(quantized).record.passes:
         assert log.name in text
 
 
 def test_the_choice_of_cat(net, images):
-    texts = [str(fxquant.report(fxquant.quantize(net, images, cat=cat, progress=False))) for cat in (False, "paper")]
+    texts = [str(fxquant.report(fxquant.quantize(net, images, cat=cat, recipe="fast", progress=False))) for cat in (False, "paper")]
     assert "cat     none: not asked for" in texts[0]
     assert "cat     moments, K=64, PCA 50, alpha=0.4: KL " in texts[1]
     assert "on the images it was fitted on (4 shifted views)" in texts[1]
 
 
 def test_signal_to_noise_is_that_of_the_tensors(net, images):
-    quantized = fxquant.quantize(net, images, cat=False, progress=False)
+    quantized = fxquant.quantize(net, images, cat=False, recipe="fast", progress=False)
     rows = {row.name: row for row in fxquant.report(quantized).record.layers}
     with torch.no_grad():
         expected = sqnr(net(torch.cat(images)[:32]), quantized(torch.cat(images)[:32]))
@@ -113,7 +113,7 @@ def test_a_record_is_complete_without_times(quantized):
 
 
 def test_the_record_counts_the_images_that_biases_were_corrected_on(net, images):
-    record = fxquant.report(fxquant.quantize(net, images, cat=False, progress=False)).record
+    record = fxquant.report(fxquant.quantize(net, images, cat=False, recipe="fast", progress=False)).record
     assert {log.name: log for log in record.passes}["correct_bias"].notes == ["moments over 64 images"]
     few = fxquant.Recipe.STANDARD.replace(bias_images=20)
     record = fxquant.report(fxquant.quantize(net, images, cat=False, progress=False, recipe=few)).record

@@ -82,7 +82,7 @@ def make(name: str, seed: int = 0) -> nn.Module:
 
 
 def quantize(model: nn.Module, images: list[Tensor], *args, **options) -> torch.fx.GraphModule:
-    return fxquant.quantize(model, images, *args, **{"progress": False, "cat": False, **options})
+    return fxquant.quantize(model, images, *args, **{"progress": False, "cat": False, "recipe": "fast", **options})
 
 
 def check_round_trip(quantized: nn.Module, path: Path, architecture: nn.Module, images: list[Tensor]) -> torch.fx.GraphModule:

@@ -137,12 +137,17 @@ class UniformQuantizer(nn.Module):
         scale, zero_point = self._broadcast(codes)
         return (codes - zero_point) * scale
 
-    def _broadcast(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def along(self, values: Tensor, x: Tensor) -> Tensor:
+        """Return `values` ``[C]`` shaped so that they broadcast along the channel axis of x; those of a tensor with one scale as they
+        are."""
         if self.spec.axis is None:
-            return self.scale, self.zero_point
+            return values
         shape = [1] * x.ndim
         shape[self.spec.axis] = -1
-        return self.scale.view(shape), self.zero_point.view(shape)
+        return values.view(shape)
+
+    def _broadcast(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.along(self.scale, x), self.along(self.zero_point, x)
 
     def extra_repr(self) -> str:
         """Describe the grid, for ``print(model)``."""

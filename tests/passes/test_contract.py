@@ -18,13 +18,32 @@ from fxquant.calibration import activation_quantizers, weight_quantizers
 from fxquant.cat import CAT
 from fxquant.errors import CATError
 from fxquant.graph import called
-from fxquant.passes import PREPARE, QUANTIZE, AppendCAT, CorrectBias, Freeze, InsertFakeQuant, InsertObservers
+from fxquant.passes import (
+    PREPARE,
+    QUANTIZE,
+    AppendCAT,
+    CorrectBias,
+    FinishNetwork,
+    Freeze,
+    InsertFakeQuant,
+    InsertObservers,
+    ReconstructUnits,
+)
 from fxquant.pipeline import Pass, Pipeline
 from fxquant.placement import place
+from fxquant.quantizers import UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
 from fxquant.recipe import Recipe
 
-RECIPE = Recipe(weight_range="minmax", activation_range="minmax")
+RECIPE = Recipe(
+    weight_range="minmax",
+    activation_range="minmax",
+    **dict.fromkeys(("unit_iterations", "scales_iterations", "output_kl_iterations", "finish_iterations"), 3),
+    **dict.fromkeys(("unit_batch", "output_kl_batch", "finish_batch"), 4),
+    finish_checks=1,
+)
+CPU = torch.device("cpu")
+LEARNING = (ReconstructUnits, FinishNetwork)
 
 
 def before(step: type[Pass], gm: GraphModule) -> tuple[GraphModule, Pass]:
@@ -39,6 +58,8 @@ def before(step: type[Pass], gm: GraphModule) -> tuple[GraphModule, Pass]:
         InsertObservers: lambda: InsertObservers(plan),
         InsertFakeQuant: lambda: InsertFakeQuant(plan, activation_quantizers(RECIPE), weight_quantizers(RECIPE)),
         CorrectBias: lambda: CorrectBias(teacher, batches, gain="spread"),
+        ReconstructUnits: lambda: ReconstructUnits(teacher, batches, RECIPE, 0, CPU),
+        FinishNetwork: lambda: FinishNetwork(teacher, batches, batches, RECIPE, 0, CPU),
         Freeze: Freeze,
         AppendCAT: lambda: AppendCAT(some_cat(dtype)),
     }
@@ -89,6 +110,10 @@ def test_contract(case, untouched):
     assert result.modified == (new is not gm)
     if isinstance(step, CorrectBias):
         assert_nothing_left_to_correct(new, again.graph_module)
+    elif isinstance(step, LEARNING):
+        # A second run may learn more.
+        assert_learned(gm, new)
+        assert_learned(new, again.graph_module)
     else:
         assert not again.modified, step.log
         assert again.graph_module is new
@@ -123,6 +148,70 @@ def assert_nothing_left_to_correct(once: GraphModule, twice: GraphModule) -> Non
             assert isinstance(b, QuantizedLayer)
             torch.testing.assert_close(a.weight_quantizer.scale, b.weight_quantizer.scale, rtol=1e-3, atol=1e-6, msg=str(node.target))
             torch.testing.assert_close(a.bias, b.bias, rtol=1e-3, atol=1e-3, msg=str(node.target))
+
+
+def assert_learned(before: GraphModule, behind: GraphModule) -> None:
+    """Assert that a pass that learns left the graph as it was, and every weight where its codes say."""
+    assert (before.code, str(before.graph)) == (behind.code, str(behind.graph))
+    for (node, old), (_, new) in zip(called(before), called(behind), strict=True):
+        assert type(new) is type(old), node.target
+        if isinstance(new, QuantizedLayer):
+            assert_on_grid(new.weight_quantizer, old.weight_quantizer)
+            assert not new.frozen
+            assert not any(value.requires_grad for value in new.parameters())
+            assert new.weight.shape == old.weight.shape and new.weight.dtype == old.weight.dtype
+            assert torch.equal(new.used_weight(), new.weight_quantizer(new.weight))
+            assert torch.equal(new.used_weight(), new.weight_quantizer.dequantize(new.codes()))
+        elif isinstance(new, UniformQuantizer):
+            assert_on_grid(new, old)
+
+
+def assert_on_grid(new: UniformQuantizer, old: UniformQuantizer) -> None:
+    """Assert that a quantizer has the bits and the axis it had, scales above 0 and zero-points among its codes."""
+    assert new.spec == old.spec
+    for mine, theirs in ((new.scale, old.scale), (new.zero_point, old.zero_point)):
+        assert mine.shape == theirs.shape and mine.dtype == theirs.dtype and bool(mine.isfinite().all())
+    assert bool((new.scale > 0).all())
+    assert torch.equal(new.zero_point, new.zero_point.round())
+    assert bool(((new.zero_point >= new.spec.qmin) & (new.zero_point <= new.spec.qmax)).all())
+
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "layer by layer, weights alone": {"unit_granularity": "layer", "unit_activations": False, "unit_input_drop": 0.0},
+    "the whole network": {"unit_granularity": "network", "unit_bias_rate": 1e-3, "unit_scale_rate": 1e-3},
+    "packs, bfloat16 cache": {"unit_granularity": "pack", "cache_dtype": "bfloat16", "unit_sampling": "epochs"},
+    "behind the Fisher matrix": {"unit_fisher": "full", "precision": "bfloat16"},
+    "towards the logits": {"unit_kl_weight": 1.0, "unit_correction_iterations": 2, "unit_ranges": "prefix"},
+    "scales alone": {"stage": "scales"},
+    "by the output": {"stage": "output_kl"},
+    "mixed, averaged, bfloat16": {"stage": "finish", "finish_mix": 0.5, "finish_averaging": 0.9, "precision": "bfloat16"},
+    "without feature matching": {"stage": "finish", "finish_feature_weight": 0.0, "finish_blend": 1.0, "finish_bias_rate": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_way_to_learn(name, variant, untouched):
+    changes = dict(VARIANTS[variant])
+    stage = str(changes.pop("stage", "units"))
+    recipe = RECIPE.replace(**changes)
+    gm, images_, teacher = quantized(name)
+    if stage in ("units", "scales"):
+        step: Pass = ReconstructUnits(teacher, images_, recipe, 0, CPU, stage)
+    else:
+        step = FinishNetwork(teacher, images_, images_, recipe, 0, CPU, stage)
+    with untouched(gm), untouched(teacher):
+        new = step(gm).graph_module
+    assert_learned(gm, new)
+    assert_same_outputs(run(gm, images(3)), run(new, images(3)), close=False)
+
+
+@functools.cache
+def quantized(name: str) -> tuple[GraphModule, list[Tensor], GraphModule]:
+    """Return a network with quantizers, its calibration images, and its float graph."""
+    gm, step = before(ReconstructUnits, once_traced(name))
+    assert isinstance(step, ReconstructUnits)
+    return gm, list(step.images), step.teacher
 
 
 @pytest.mark.parametrize("step", [*PREPARE, *QUANTIZE])

@@ -100,6 +100,28 @@ def test_scaled(pair, freeze):
     assert scaled.bias is not None and scaled.bias.shape == (channels,)
     torch.testing.assert_close(scaled.weight_quantizer.scale, gain * quantized.weight_quantizer.scale)
     assert scaled.freeze()(x).equal(scaled(x))
+    # What learns later starts at the float weight, scaled along; a frozen weight is where codes and scale say it is.
+    along = scaled.weight_quantizer.along(gain, layer.weight)
+    start = scaled.weight_quantizer.dequantize(quantized.codes()) if freeze else layer.weight * along
+    assert torch.equal(scaled.weight, start)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_scaled_keeps_codes_that_rounding_noise_would_change(seed):
+    generator = torch.Generator().manual_seed(seed)
+    gain = torch.rand(8, generator=generator) + 0.3
+    layer = nn.Linear(64, 8)
+    quantizer = UniformQuantizer(weight_spec(layer, 4), torch.rand(8, generator=generator) + 0.1, torch.full((8,), 7.0))
+    halves = torch.randint(-7, 7, (8, 64), generator=generator) + 0.5  # in steps: on the edge between two codes, as near as float32 gets
+    layer.weight = nn.Parameter(halves * quantizer.scale.view(-1, 1))
+    quantized = QuantizedLayer.of(layer, quantizer)
+    scaled = quantized.scaled(gain, torch.zeros(8))
+    assert torch.equal(scaled.codes(), quantized.codes())
+    assert torch.equal(scaled.freeze().codes(), quantized.codes())
+    steps = scaled.weight / scaled.weight_quantizer.scale.view(-1, 1)
+    assert (steps - halves).abs().max() <= 0.501  # scaled along, or on its grid where the code would change
+    naive = scaled.weight_quantizer.quantize(layer.weight * gain.view(-1, 1))
+    assert torch.equal(naive == quantized.codes(), (scaled.weight == layer.weight * gain.view(-1, 1)))
 
 
 def test_codes_are_integers_on_the_grid(pair):

@@ -1,0 +1,219 @@
+"""Every learning recipe on a real network: accuracy against time, and an ablation of the network-wise finish.
+
+    python examples/06_reconstruction.py PATH
+    python examples/06_reconstruction.py PATH --recipes qdrop standard --settings W2A2 --seeds 0 1 2 --out results
+    python examples/06_reconstruction.py PATH --recipes qdrop --set unit_iterations=1000
+    python examples/06_reconstruction.py PATH --ablation
+
+PATH is a folder with a zoo.py as in 02_cifar10_resnet20.py. Each run is appended to OUT/runs.jsonl as soon as it is over, and not
+repeated when it is there already; OUT/runs.md and OUT/runs.png are made from all runs of the network in that file. Calibrates on
+training images. Recipes are tested on test images; the ablation, from which constants are chosen, on other training images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fxquant
+from fxquant.metrics import agreement, kl_divergence, top1
+
+RECIPES = ("fast", "adaround", "brecq", "qdrop", "pdquant", "genie", "packptq", "output_kl", "finish", "standard", "best")
+DATA = {"cifar10": ("cifar10_train8192", "cifar10_test", 1024), "mobile": ("imagenet_train", "imagenet_val", 1000)}
+DATA["squeezenet1_1"] = DATA["mobile"]
+DEVELOPMENT = 4096
+"""Training images behind the calibration images on which the ablation is measured."""
+
+ABLATION: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "without the bias stage": {"stages": ("ranges", "finish")},
+    "without CAT": {"stages": ("ranges", "bias", "finish")},
+    "units first (QDrop, 500 steps each)": {
+        "stages": ("ranges", "units", "finish", "cat"),
+        "unit_iterations": 500,
+        "unit_rounding_rate": 3e-3,
+    },
+    "weights fixed": {"finish_weight_rate": 0.0},
+    "weight scales fixed": {"finish_scale_rate": 0.0},
+    "activation scales fixed": {"finish_activation_rate": 0.0},
+    "biases fixed": {"finish_bias_rate": 0.0},
+    "weights at a third of the rate": {"finish_weight_rate": fxquant.Recipe.STANDARD.finish_weight_rate / 3},
+    "weights at three times the rate": {"finish_weight_rate": fxquant.Recipe.STANDARD.finish_weight_rate * 3},
+    "no feature matching": {"finish_feature_weight": 0.0},
+    "features at a tenth of the weight": {"finish_feature_weight": fxquant.Recipe.STANDARD.finish_feature_weight / 10},
+    "temperature 1": {"finish_temperature": 1.0},
+    "no augmentation": {"finish_augment": "none", "finish_blend": 0.0},
+    "crop and flip alone": {"finish_blend": 0.0},
+    "half of the batches blended": {"finish_blend": 0.5},
+    "annealed mixing of float activations": {"finish_mix": 0.5},
+    "float32": {"precision": "float32"},
+    "half the steps": {"finish_iterations": fxquant.Recipe.STANDARD.finish_iterations // 2},
+    "twice the steps": {"finish_iterations": fxquant.Recipe.STANDARD.finish_iterations * 2},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, help="folder with zoo.py")
+    parser.add_argument("--network", default="cifar10_resnet20", help="a name that zoo.load_model knows (default: cifar10_resnet20)")
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, metavar="NAME", help=f"of {' '.join(RECIPES)} (default: all)")
+    parser.add_argument("--settings", nargs="+", default=["W2A2"], metavar="WxAy", help="bits (default: W2A2)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run each (default: 0)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="change fields of every recipe")
+    parser.add_argument("--ablation", action="store_true", help="vary the recipe standard, one thing at a time")
+    parser.add_argument(
+        "--out", type=Path, default=Path("reconstruction"), help="folder for runs, tables and plots (default: reconstruction)"
+    )
+    parser.add_argument("--device", default="cpu", help="(default: cpu)")
+    options = parser.parse_args()
+    if not (options.path / "zoo.py").is_file():
+        parser.error(f"{options.path} has no zoo.py; see --help")
+    changes = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.set)}
+    if options.ablation:
+        runs = [(name, fxquant.Recipe.STANDARD.replace(name="standard", **{**changes, **fields})) for name, fields in ABLATION.items()]
+    else:
+        named = [(name, fxquant.Recipe.named(name)) for name in options.recipes]
+        runs = [(label(name, changes), recipe.replace(name=name, **changes) if changes else recipe) for name, recipe in named]
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / ("ablation.jsonl" if options.ablation else "runs.jsonl")
+    done = {key(row) for row in rows_of(log)}
+    data = Data(options.path, options.network, options.ablation)
+    for setting in options.settings:
+        for name, recipe in runs:
+            for seed in options.seeds:
+                row = {"network": options.network, "setting": setting, "recipe": name, "seed": seed}
+                if key(row) not in done:
+                    row |= run(data, setting, recipe, seed, options.device)
+                    with log.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+                    print(json.dumps(row), flush=True)
+    rows = [row for row in rows_of(log) if row["network"] == options.network]
+    text = markdown(rows, data.float_top1)
+    (options.out / log.with_suffix(".md").name).write_text(text, encoding="utf-8")
+    plot(rows, data.float_top1, options.out / log.with_suffix(".png").name)
+    print(text)
+
+
+class Data:
+    """The network, its calibration images, and what it is tested on."""
+
+    def __init__(self, folder: Path, network: str, development: bool):
+        zoo = import_zoo(folder)
+        self.model, norm = zoo.load_model(network)
+        train, test, count = next(value for prefix, value in DATA.items() if network.startswith(prefix))
+        if development:
+            images, labels = zoo.load_images(train, norm, count + DEVELOPMENT)
+            self.calibration, self.images, self.labels = images[:count], images[count:], labels[count:]
+        else:
+            self.calibration = zoo.load_images(train, norm, count)[0]
+            self.images, self.labels = zoo.load_images(test, norm)
+        self.teacher = logits(self.model, self.images)
+        self.float_top1 = top1(self.teacher, self.labels)
+
+
+def run(data: Data, setting: str, recipe: fxquant.Recipe, seed: int, device: str) -> dict[str, Any]:
+    """Quantize once and test."""
+    found = re.fullmatch(r"W(\d)A(\d)", setting)
+    if not found:
+        raise SystemExit(f"{setting!r} is no setting such as W2A4")
+    w, a = map(int, found.groups())
+    start = time.perf_counter()
+    qmodel = fxquant.quantize(data.model, list(data.calibration.split(64)), w, a, recipe=recipe, seed=seed, device=device)
+    seconds = time.perf_counter() - start
+    student = logits(qmodel.cpu(), data.images)
+    return {
+        "top1": top1(student, data.labels),
+        "agreement": agreement(student, data.teacher),
+        "kl": kl_divergence(student, data.teacher).mean().item(),
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+    }
+
+
+@torch.inference_mode()
+def logits(network: nn.Module, images: Tensor) -> Tensor:
+    """Return the outputs ``[N, C]`` for all images."""
+    return torch.cat([network(batch) for batch in images.split(128)])
+
+
+def label(name: str, changes: dict[str, Any]) -> str:
+    """Return the name of a recipe with the fields that were changed."""
+    return name + "".join(f" {field}={value}" for field, value in changes.items())
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a run is known by."""
+    return tuple(row[name] for name in ("network", "setting", "recipe", "seed"))
+
+
+def rows_of(log: Path) -> list[dict[str, Any]]:
+    """Return the runs that a log holds."""
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+
+
+def markdown(rows: list[dict[str, Any]], float_top1: float) -> str:
+    """Return the table: mean ± standard deviation over seeds, by setting and then by top-1."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["setting"], row["recipe"]].append(row)
+    lines = [f"{rows[0]['network']}: float top-1 {float_top1:.2f}\n" if rows else ""]
+    lines += ["| bits | recipe | seeds | top-1 % | agreement % | KL to float | seconds |", "|---|---|---:|---:|---:|---:|---:|"]
+    for (setting, name), group in sorted(groups.items(), key=lambda item: (item[0][0], statistics.mean(row["top1"] for row in item[1]))):
+        cells = [spread([row[column] for row in group], digits) for column, digits in (("top1", 2), ("agreement", 2), ("kl", 4))]
+        seconds = statistics.mean(row["seconds"] for row in group)
+        lines.append(f"| {setting} | {name} | {len(group)} | {' | '.join(cells)} | {seconds:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Return the value, or mean ± standard deviation of several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def plot(rows: list[dict[str, Any]], float_top1: float, path: Path) -> None:
+    """Draw top-1 over seconds, a panel a setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    settings = sorted({row["setting"] for row in rows})
+    figure, panels = pyplot.subplots(1, len(settings), figsize=(6 * len(settings), 5), squeeze=False)
+    for panel, setting in zip(panels[0], settings, strict=True):
+        for name in dict.fromkeys(row["recipe"] for row in rows if row["setting"] == setting):
+            group = [row for row in rows if (row["setting"], row["recipe"]) == (setting, name)]
+            seconds, scores = (statistics.mean(row[column] for row in group) for column in ("seconds", "top1"))
+            panel.scatter(seconds, scores)
+            panel.annotate(name, (seconds, scores), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        panel.axhline(float_top1, color="grey", linestyle=":", linewidth=1)
+        panel.set(title=setting, xlabel="seconds", ylabel="top-1 %", xscale="log")
+        panel.margins(x=0.2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def import_zoo(folder: Path) -> ModuleType:
+    """Import ``folder/zoo.py``."""
+    spec = importlib.util.spec_from_file_location("zoo", folder.resolve() / "zoo.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The stages of a recipe that learn, as passes; and the checkpoint that a run of them leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant.console import Narrator
+from fxquant.errors import ConfigError
+from fxquant.files import gib
+from fxquant.passes import FinishNetwork, ReconstructUnits
+from fxquant.pipeline import Pass
+from fxquant.recipe import Recipe
+from fxquant.reconstruction.checkpoint import Checkpoints, Identity
+from fxquant.reconstruction.keeper import Keeper
+from fxquant.reconstruction.walk import peak_need
+from fxquant.units import cut
+
+UNIT_WISE, NETWORK_WISE = ("units", "scales"), ("output_kl", "finish")
+
+
+def learning_passes(
+    teacher: GraphModule,
+    images: Sequence[Tensor],
+    loader: Iterable[Any],
+    recipe: Recipe,
+    seed: int,
+    device: torch.device,
+    keeper: Keeper,
+    narrator: Narrator,
+) -> list[Pass]:
+    """Return the passes of the stages of `recipe` that learn, in order; say before work starts what the cache will need."""
+    stages = [stage for stage in recipe.stages if stage in UNIT_WISE + NETWORK_WISE]
+    if any(stage in UNIT_WISE for stage in stages):
+        granularity = "block" if recipe.unit_granularity == "pack" else recipe.unit_granularity
+        units, count = cut(teacher, granularity), sum(map(len, images))
+        share, fisher, corrected = (
+            0.5 if recipe.cache_dtype == "bfloat16" else 1.0,
+            recipe.unit_fisher != "none",
+            recipe.unit_correction_iterations > 0,
+        )
+        need = peak_need(teacher, units, count, share, fisher, corrected)
+        over = "" if need <= recipe.memory_gib * 2**30 else "; the rest goes to disk (memory_gib sets the budget)"
+        learned = sum(1 for unit in units if unit.layers)
+        text = f"{gib(need)} for {count} images in front of {learned} units, {gib(recipe.memory_gib * 2**30)} may be in memory"
+        narrator.line("cache", text + over)
+    passes: list[Pass] = []
+    for stage in stages:
+        if stage in UNIT_WISE:
+            passes.append(ReconstructUnits(teacher, images, recipe, seed, device, stage, keeper))
+        else:
+            passes.append(FinishNetwork(teacher, images, loader, recipe, seed, device, stage, keeper))
+    return passes
+
+
+def keeper_of(
+    checkpoint: str | Path | None, resume: str | Path | None, teacher: GraphModule, run: Mapping[str, Any], images: Sequence[Tensor]
+) -> Keeper:
+    """Return what writes checkpoints into the folder `checkpoint`, or goes on from the one in the folder `resume`.
+
+    Raises:
+        ConfigError: two different folders. CheckpointError: nothing to resume from, the checkpoint of another run, a folder that cannot
+        be written.
+    """
+    if checkpoint is None and resume is None:
+        return Keeper(None)
+    if checkpoint is not None and resume is not None and Path(checkpoint) != Path(resume):
+        raise ConfigError(
+            f"{str(checkpoint)!r} and {str(resume)!r} are two folders",
+            where="checkpoint, resume",
+            fix="Give the one to go on from as resume",
+        )
+    folder = resume if resume is not None else checkpoint
+    if not isinstance(folder, str | Path):
+        raise ConfigError(f"{folder!r} is no folder", where="checkpoint" if resume is None else "resume", fix="Give a path")
+    return Keeper(Checkpoints(folder, Identity.of(teacher, run, images), resume is not None))

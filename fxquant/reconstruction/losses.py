@@ -1,0 +1,88 @@
+"""What is minimised, and how it changes over the iterations; closed forms, no state.
+
+All losses are means over images and positions, summed over channels, so that a constant of a paper means here what it means there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def channel_loss(output: Tensor, target: Tensor, p: float = 2.0, importance: Tensor | None = None) -> Tensor:
+    """Return the mean over images and positions of the sum over channels of ``|output - target|^p``.
+
+    Args:
+        output, target: ``[N, C, ...]``, or tokens ``[N, T, C]``.
+        p: exponent.
+        importance: a factor for every element, of the shape of both (BRECQ: the squared gradient of the output's KL).
+    """
+    error = output - target
+    error = error.square() if p == 2 else error.abs().pow(p)
+    if importance is not None:
+        error = error * importance
+    return error.sum() / positions(target)
+
+
+def positions(target: Tensor) -> float:
+    """Return images times positions: elements over channels."""
+    return target.numel() / target.shape[-1 if target.ndim == 3 else min(1, target.ndim - 1)]
+
+
+def full_fisher_loss(output: Tensor, target: Tensor, gradient: Tensor) -> Tensor:
+    """Return BRECQ's loss with the whole Fisher row of an image: ``mean((sum |d| g) |d| g) / 100``, d the error and g the gradient's
+    size."""
+    weighted = (output - target).abs() * gradient
+    return (weighted.flatten(1).sum(1).view(-1, *[1] * (weighted.ndim - 1)) * weighted).mean() / 100
+
+
+def prediction_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return ``KL(softmax(teacher / T) || softmax(student / T))``, the mean over images of logits ``[N, C]``, without the factor T^2."""
+    log_q, log_p = (F.log_softmax(logits.float() / temperature, 1) for logits in (student, teacher))
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def feature_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Return the mean over places of ``|output - target|^2 / |target|^2``: each place weighs the same, whatever its scale."""
+
+    def power(value: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32)).square()
+
+    ratios = [power(y - t) / power(t).clamp_min(1e-12) for y, t in zip(outputs, targets, strict=True)]
+    return torch.stack(ratios).mean()
+
+
+def rounding_loss(hardness: Sequence[Tensor], beta: float) -> Tensor:
+    """Return ``sum(1 - |2h - 1|^beta)``: nothing where every h is 0 or 1 (AdaRound, eq. 24)."""
+    return torch.stack([(1 - (2 * h - 1).abs().pow(beta)).sum() for h in hardness]).sum()
+
+
+def beta_at(done: float, ends: tuple[float, float], warmup: float, shape: str = "linear") -> float | None:
+    """Return the exponent of `rounding_loss` when a share `done` (0..1) of the iterations is over; None: the loss is still off.
+
+    Args:
+        ends: the exponent behind the warm-up and at the end, 20 and 2 as published.
+        warmup: share of the iterations without the loss.
+        shape: ``"linear"`` (BRECQ, QDrop, PD-Quant) or ``"cosine"`` (AIMET's AdaRound).
+    """
+    if done < warmup:
+        return None
+    start, end = ends
+    part = (done - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    return end + (start - end) * (1 - part if shape == "linear" else 0.5 * (1 + math.cos(math.pi * part)))
+
+
+def cosine(done: float, warmup: float = 0.0) -> float:
+    """Return the factor of a rate that falls from 1 to 0 along half a cosine, behind a linear rise over the share `warmup`."""
+    if done < warmup:
+        return done / warmup
+    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+
+
+def annealed(done: float, start: float, until: float) -> float:
+    """Return what falls linearly from `start` to 0 at the share `until` of the iterations, and stays there."""
+    return start * max(0.0, 1 - done / until) if until > 0 else 0.0

@@ -1,0 +1,266 @@
+"""Train a whole quantized network against the float one, on fresh views of the calibration images.
+
+    view -+-> teacher -----------------------> logits, features at unit outputs
+          |                                      |        |
+          '-> student (learned quantizers) ----> KL   +   normalised error        ->  weights, scales, biases
+
+Two stages are this loop: the finish, in which everything moves that costs nothing at inference, and the refinement by output KL, in which
+scales and zero-points move a little. Views are made from the number of the step, and what is kept is chosen on held-out calibration images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxquant.graph import fork
+from fxquant.quantizers.learned import LatentWeight
+from fxquant.reconstruction.learners import Learners, without_gradients
+from fxquant.reconstruction.losses import annealed, cosine, feature_loss, prediction_loss
+from fxquant.reconstruction.unit import Show
+from fxquant.reconstruction.views import Views
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The constants of one network-wise stage; `fxquant.Recipe` says what each means."""
+
+    iterations: int
+    temperature: float
+    warmup: float = 0.0
+    feature_weight: float = 0.0
+    penalty: float = 0.0
+    mix: float = 0.0
+    mix_until: float = 0.0
+    checks: int = 20
+    averaging: float = 0.0
+    precision: str = "float32"
+    compile: bool = False
+
+
+@dataclass
+class Outcome:
+    """What a training came to: the KL of the loss on the held-out images before and behind, and at which step the best was."""
+
+    before: float
+    behind: float
+    step: int
+    retried: bool = False
+
+
+class NetworkTraining:
+    """One network-wise stage.
+
+    Args:
+        learners: the student.
+        teacher: the float graph.
+        places: nodes whose values are compared, the student's before they are quantized.
+        views: what is trained on.
+        held_out: images ``[N, C, H, W]``, on the CPU, for choosing what is kept.
+        rates: for each group of parameters its peak rate.
+        settings: everything else.
+        device: where to work.
+    """
+
+    def __init__(
+        self,
+        learners: Learners,
+        teacher: GraphModule,
+        places: Sequence[str],
+        views: Views,
+        held_out: Tensor,
+        rates: Sequence[tuple[Iterable[nn.Parameter], float]],
+        settings: Settings,
+        device: torch.device,
+    ):
+        self.learners, self.views, self.settings, self.device = learners, views, settings, device
+        self.student = with_features(learners.graph, places)
+        self.teacher = with_features(without_gradients(teacher), places)
+        self.steps: tuple[Callable[..., Any], Callable[..., Any]] = (self.student, self.teacher)
+        if settings.compile:
+            mode = "reduce-overhead" if device.type == "cuda" else "default"
+            self.steps = torch.compile(self.student, mode=mode), torch.compile(self.teacher, mode=mode)
+        self.groups = [(list(parameters), rate) for parameters, rate in rates if rate]
+        self.parameters = [parameter for parameters, _ in self.groups for parameter in parameters]
+        self.start = [parameter.detach().clone() for parameter in self.parameters]
+        self.held_out = held_out.to(device)
+        with torch.no_grad():
+            self.wanted = self._outputs(self.teacher, self.held_out)
+        self.latents = [learner for learner in learners.weights.values() if isinstance(learner, LatentWeight)]
+
+    def run(self, show: Show, state: State | None = None, keep: Callable[[State], None] | None = None) -> Outcome:
+        """Train, and leave the best state in the learners.
+
+        Args:
+            show: called with (done, total, text).
+            state: where to go on, as `keep` was given it.
+            keep: called with all that is needed to go on, at every check.
+        """
+        first = 1.0 if state is None else state["figures"][4].item()
+        for factor in (1.0, 0.1) if first == 1 else (0.1,):
+            outcome = self._train(factor, show, state, keep)
+            if outcome is not None:
+                outcome.retried = factor < 1
+                return outcome
+            self._reset(self.start)
+            state = None
+        before = self.held_out_error()
+        return Outcome(before, before, 0, retried=True)
+
+    def _train(self, factor: float, show: Show, state: State | None, keep: Callable[[State], None] | None) -> Outcome | None:
+        settings = self.settings
+        optimizer = torch.optim.Adam([{"params": parameters, "peak": factor * rate} for parameters, rate in self.groups])
+        average = [value.clone() for value in self.start] if settings.averaging else None
+        before = self.held_out_error()
+        best, outcome, first = [value.clone() for value in self.start], Outcome(before, before, 0), 0
+        if state is not None:
+            first = self._restore(state, optimizer, best, average, outcome)
+        every = max(1, settings.iterations // settings.checks)
+        for step in range(first, settings.iterations):
+            done = step / settings.iterations
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * cosine(done, settings.warmup)
+            self._mix(annealed(done, settings.mix, settings.mix_until))
+            loss = self.loss(self.views.batch(step).to(self.device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            for learner in self.latents:
+                learner.project()
+            if average is not None:
+                decay = min(settings.averaging, (step + 1) / (step + 10))
+                for mean, value in zip(average, self.parameters, strict=True):
+                    mean.lerp_(value.detach(), 1 - decay)
+            if step % 10 == 0 and not torch.isfinite(loss):
+                return None
+            if (step + 1) % every == 0 or step + 1 == settings.iterations:
+                error = self._checked(average)
+                if not error < float("inf"):
+                    return None
+                if error < outcome.behind:
+                    outcome.behind, outcome.step = error, step + 1
+                    best = [value.detach().clone() for value in (average or self.parameters)]
+                if keep:
+                    keep(self._state(step + 1, factor, optimizer, best, average, outcome))
+            if step % 10 == 9:
+                show(step + 1, settings.iterations, f"loss {loss.item():.4f}, held out {outcome.behind:.4f}")
+        self._reset(best)
+        self._mix(0.0)
+        return outcome
+
+    def loss(self, images: Tensor) -> Tensor:
+        """Return what is minimised for one batch, in float32."""
+        settings, (student, teacher) = self.settings, self.steps
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+            with torch.no_grad():
+                theirs, wanted = teacher(images)
+            mine, features = student(images)
+        loss = images.new_zeros(())
+        logits = is_logits(mine)
+        if logits:
+            loss = loss + settings.temperature**2 * prediction_loss(mine, theirs, settings.temperature)
+        features, wanted = list(features), list(wanted)
+        if not logits:
+            features, wanted = [*features, *tensors(mine)], [*wanted, *tensors(theirs)]
+        if features and (settings.feature_weight or not logits):
+            loss = loss + (settings.feature_weight if logits else 1.0) * feature_loss(features, wanted)
+        if settings.penalty:
+            moved = [(parameter - start).square().sum() for parameter, start in zip(self.parameters, self.start, strict=True)]
+            loss = loss + settings.penalty * torch.stack(moved).sum()
+        return loss
+
+    @torch.no_grad()
+    def held_out_error(self) -> float:
+        """Return the KL to the float network on the held-out images, all quantizers hard (the normalised error where there are no
+        logits)."""
+        self._mix(0.0)
+        mine = self._outputs(self.student, self.held_out)
+        if is_logits(mine):
+            return self.settings.temperature**2 * prediction_loss(mine, self.wanted, self.settings.temperature).item()
+        return feature_loss(tensors(mine), tensors(self.wanted)).item()
+
+    def _outputs(self, graph: GraphModule, images: Tensor) -> Any:
+        parts = [graph(part)[0] for part in images.split(128)]
+        if is_logits(parts[0]):
+            return torch.cat(parts)
+        return [torch.cat(values) for values in zip(*map(tensors, parts), strict=True)]
+
+    def _checked(self, average: list[Tensor] | None) -> float:
+        if average is None:
+            return self.held_out_error()
+        now = [parameter.detach().clone() for parameter in self.parameters]
+        self._reset(average)
+        error = self.held_out_error()
+        self._reset(now)
+        return error
+
+    def _mix(self, share: float) -> None:
+        for quantizer in self.learners.activations.values():
+            quantizer.mix = share
+
+    @torch.no_grad()
+    def _reset(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def _state(
+        self, step: int, factor: float, optimizer: torch.optim.Optimizer, best: list[Tensor], average: list[Tensor] | None, outcome: Outcome
+    ) -> State:
+        figures = torch.tensor([step, outcome.before, outcome.behind, outcome.step, factor], dtype=torch.float64)
+        state = {"figures": figures}
+        for index, parameter in enumerate(self.parameters):
+            state |= {f"now.{index}": parameter.detach(), f"best.{index}": best[index]}
+            state |= {f"adam.{index}.{key}": value for key, value in optimizer.state[parameter].items()}
+            if average is not None:
+                state[f"average.{index}"] = average[index]
+        return state
+
+    def _restore(
+        self,
+        state: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        best: list[Tensor],
+        average: list[Tensor] | None,
+        outcome: Outcome,
+    ) -> int:
+        step, outcome.before, outcome.behind, best_step, _ = state["figures"].tolist()
+        outcome.step = int(best_step)
+        self._reset([state[f"now.{index}"].to(self.device) for index in range(len(self.parameters))])
+        for index, parameter in enumerate(self.parameters):
+            best[index].copy_(state[f"best.{index}"])
+            if average is not None:
+                average[index].copy_(state[f"average.{index}"])
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = state[f"adam.{index}.{key}"]
+                optimizer.state[parameter][key] = value.clone() if key == "step" else torch.empty_like(parameter).copy_(value)
+        return int(step)
+
+
+def with_features(gm: GraphModule, nodes: Sequence[str]) -> GraphModule:
+    """Return a graph that returns ``(output, (values of the nodes...))``."""
+    new = fork(gm)
+    named = {node.name: node for node in new.graph.nodes}
+    output = next(node for node in new.graph.nodes if node.op == "output")
+    output.args = ((output.args[0], tuple(named[name] for name in nodes)),)
+    new.recompile()
+    return new
+
+
+def is_logits(output: object) -> bool:
+    """Say whether a network's output is one ``[N, C]`` tensor."""
+    return isinstance(output, Tensor) and output.ndim == 2
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """Return the tensors in a nested output."""
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    return [tensor for value in values for tensor in tensors(value)]

@@ -1,0 +1,38 @@
+"""What folding hides: the statistics of a batch norm, kept for distribution correction while a run lasts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NORMS = "folded_norms"
+"""The key of ``GraphModule.meta`` under which the folded norms are found by the path of their layer."""
+
+
+@dataclass(frozen=True)
+class FoldedNorm:
+    """The batch norm that has been folded into a layer: ``y' = factor * y + shift`` of its input y, and the statistics of y; all
+    ``[C]``."""
+
+    mean: Tensor
+    deviation: Tensor
+    factor: Tensor
+    shift: Tensor
+
+
+def norm_distance(output: Tensor, norm: FoldedNorm) -> Tensor:
+    """Return how far the mean and the deviation of each image's input of a folded norm are from the stored ones, squared, mean over images.
+
+    Args:
+        output: what the layer with the norm folded in gives, ``[N, C, ...]``.
+        norm: the norm; channels it multiplies by 0 do not count.
+    """
+    flat = output.flatten(2) if output.ndim > 2 else output.unsqueeze(2)
+    scaled = norm.factor.abs() > 1e-12
+    factor = torch.where(scaled, norm.factor, 1.0)
+    mean = (flat.mean(2) - norm.shift) / factor
+    deviation = flat.std(2) / factor.abs() + 1e-6 if flat.shape[2] > 1 else norm.deviation.expand_as(mean)
+    error = (mean - norm.mean).square() + (deviation - norm.deviation).square()
+    return (error * scaled).sum(1).mean()

@@ -1,0 +1,161 @@
+"""Walk over the units of teacher and student side by side, once: the cache moves forward, and nothing runs from the image again.
+
+    float    x0 --unit 1--> x1 --unit 2--> x2        targets of a unit: the outputs of the float unit
+    student  x0 --unit 1'-> q1 --unit 2'-> q2        unit 1' is learned before q1 is computed
+
+What no later unit reads is dropped. A unit is run once a side and batch to fill the cache, so the total is twice the number of units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant.execution import copied_bytes_per_image
+from fxquant.recipe import Recipe
+from fxquant.reconstruction.learners import Learners, without_gradients
+from fxquant.reconstruction.store import Store
+from fxquant.units import Unit, extract, on_student
+
+BATCH = 64
+"""Images in a forward pass that fills the cache."""
+
+
+@dataclass
+class Visit:
+    """A unit at its turn: its graphs, and the rows of what goes in and should come out."""
+
+    index: int
+    unit: Unit
+    teacher: GraphModule
+    student: GraphModule
+    store: Store
+
+    def floats(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Return rows of the inputs in the float network."""
+        return tuple(self.store.rows(key(name, "float", self.student_free), rows) for name in self.unit.inputs)
+
+    def quantized(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Return rows of the inputs behind what has been quantized so far."""
+        return tuple(self.store.rows(key(name, "student", self.student_free), rows) for name in self.unit.inputs)
+
+    def targets(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Return rows of the outputs of the float unit."""
+        return tuple(self.store.rows(key(name, "float", self.student_free), rows) for name in self.unit.outputs)
+
+    activations: bool = True
+    student_free: frozenset[str] = frozenset()
+    """Names that are the same on both sides: the images."""
+
+
+def key(name: str, side: str, shared: frozenset[str]) -> str:
+    """Return under which name a tensor is stored: the images once, everything else once a side."""
+    return name if name in shared else f"{side}:{name}"
+
+
+class Walk:
+    """The walk.
+
+    Args:
+        teacher: the float graph.
+        student: the quantized graph; its modules may be replaced while a unit is visited, and the new ones are what is run.
+        units: a partition of `teacher`.
+        images: calibration images, in order.
+        store: where activations are kept.
+        activations: False: the student's activations stay float, only its weights are quantized.
+    """
+
+    def __init__(
+        self,
+        teacher: GraphModule,
+        student: GraphModule,
+        units: Sequence[Unit],
+        images: Sequence[Tensor],
+        store: Store,
+        activations: bool = True,
+    ):
+        self.teacher, self.student, self.units, self.store = without_gradients(teacher), student, units, store
+        placeholders = [node.name for node in teacher.graph.nodes if node.op == "placeholder"]
+        self.shared = frozenset(placeholders)
+        self.images, self.activations = images, activations
+        read = {name for unit in units for name in unit.inputs}
+        self.last = {name: max(index for index, unit in enumerate(units) if name in unit.inputs) for name in read}
+
+    def __iter__(self) -> Iterator[Visit]:
+        for name in self.shared & self.last.keys():
+            self.store.put(name, self.images)
+        for index, unit in enumerate(self.units):
+            teacher = extract(self.teacher, unit)
+            self._fill(teacher, unit, "float")
+            if unit.layers:
+                student = extract(self.student, on_student(unit, self.student))
+                yield Visit(index, unit, teacher, student, self.store, self.activations, self.shared)
+            if any(name in self.last for name in unit.outputs):
+                quantized = extract(self.student, on_student(unit, self.student))
+                self._fill(Learners(quantized, None, None, float_activations=not self.activations).graph, unit, "student")
+            self._drop(index, unit)
+
+    def rows(self, name: str, rows: Tensor) -> Tensor:
+        """Return rows of a tensor as the student has it."""
+        return self.store.rows(key(name, "student", self.shared), rows)
+
+    def _fill(self, graph: GraphModule, unit: Unit, side: str) -> None:
+        """Run one side of a unit over all images, and store what later units read (of the float side: all, as targets)."""
+        wanted = [name for name in unit.outputs if (side == "float" and unit.layers) or name in self.last]
+        if not wanted:
+            return
+        places = [unit.outputs.index(name) for name in wanted]
+        names = [key(name, side, self.shared) for name in wanted]
+        self.store.put_all(names, ([values[place] for place in places] for values in self._outputs(graph, unit, side)))
+
+    @torch.no_grad()
+    def _outputs(self, graph: GraphModule, unit: Unit, side: str) -> Iterator[tuple[Tensor, ...]]:
+        inputs = [self.store.batches(key(name, side, self.shared), BATCH) for name in unit.inputs]
+        for values in zip(*inputs, strict=True):
+            out = graph(*values)
+            yield out if isinstance(out, tuple) else (out,)
+
+    def _drop(self, index: int, unit: Unit) -> None:
+        dead = {name for name, last in self.last.items() if last == index} | {name for name in unit.outputs if name not in self.last}
+        for name in dead:
+            for side in ("float", "student"):
+                if key(name, side, self.shared) in self.store.names:
+                    self.store.drop(key(name, side, self.shared))
+
+
+def cache_of(recipe: Recipe, count: int, device: torch.device) -> Store:
+    """Return the empty cache for `count` images that a recipe asks for."""
+    narrow = torch.bfloat16 if recipe.cache_dtype == "bfloat16" else None
+    return Store(count, device, recipe.memory_gib * 2**30, narrow)
+
+
+def peak_need(
+    teacher: GraphModule, units: Sequence[Unit], count: int, share: float = 1.0, gradients: bool = False, corrected: bool = False
+) -> float:
+    """Return the most bytes the cache holds at once, for `count` images, from the traced shapes.
+
+    Args:
+        share: bytes stored for a byte of activations (0.5 for float32 in bfloat16).
+        gradients: the recipe stores a gradient for every output of the unit at hand (Fisher).
+        corrected: the recipe stores corrected inputs and targets of the unit at hand (distribution correction).
+    """
+    nodes = {node.name: node for node in teacher.graph.nodes}
+    images = {node.name for node in teacher.graph.nodes if node.op == "placeholder"}
+    last = {name: index for index, unit in enumerate(units) for name in unit.inputs}
+    size = {name: copied_bytes_per_image(nodes[name]) for unit in units for name in (*unit.inputs, *unit.outputs)}
+    live: dict[str, float] = {name: size[name] for name in images & last.keys()}
+    peak = 0.0
+    for index, unit in enumerate(units):
+        inputs, outputs = (sum(size[name] for name in names) for names in (unit.inputs, unit.outputs))
+        targets = dict.fromkeys(unit.outputs if unit.layers else [name for name in unit.outputs if name in last], 1)
+        extra = (gradients * outputs + corrected * (inputs + outputs)) if unit.layers else 0.0
+        peak = max(peak, sum(live.values()) + sum(size[name] for name in targets) + extra)
+        for name in unit.outputs:
+            live[name] = size[name] * ((name in targets) + (name in last))
+        peak = max(peak, sum(live.values()))
+        live = {name: value for name, value in live.items() if last.get(name, -1) > index}
+    return peak * count * share

@@ -1,0 +1,151 @@
+"""FinishNetwork and RefineByOutput: train the whole network against the float one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxquant.graph import check_same_device
+from fxquant.passes.insert_fake_quant import InsertFakeQuant
+from fxquant.passes.reconstruct_units import ReconstructUnits
+from fxquant.pipeline import Pass
+from fxquant.quantizers.learned import LatentWeight, LearnedQuantizer
+from fxquant.recipe import Recipe
+from fxquant.reconstruction.keeper import Keeper
+from fxquant.reconstruction.learners import Learners, put_modules
+from fxquant.reconstruction.network import NetworkTraining, Settings
+from fxquant.reconstruction.views import Views
+from fxquant.units import cut
+
+
+class FinishNetwork(Pass):
+    """Train integers, scales and biases of the whole network on fresh views of the calibration images.
+
+        conv(Wq) -> relu -> [quantizer] -> ...      =>      conv(Wq') -> relu -> [quantizer'] -> ...
+
+        min   T^2 KL(teacher / T || student / T)  +  w mean over unit outputs of |f' - f|^2 / |f|^2
+
+    The graph stays as it is. Weights are trained in units of their step behind a straight-through round, so they may cross several
+    levels; what is kept is the state with the least KL on held-out calibration images, the starting one included.
+
+    With ``stage="output_kl"`` only the scales of weights and the scales and zero-points of activations move, held to where they start by
+    ``lambda_p (|scale / scale0 - 1|^2 + |z - z0|^2)`` (the first stage of CAT's paper; scales are relative so that one lambda_p fits all
+    layers).
+
+    Args:
+        teacher: the float graph.
+        images: the calibration images in order, on the CPU.
+        loader: where they came from; its own randomness makes the views when it has some.
+        recipe: the constants; its ``finish_*`` or ``output_kl_*`` fields.
+        seed: of the views.
+        device: where to work.
+        stage: ``"finish"`` or ``"output_kl"``.
+        keeper: writes checkpoints.
+    """
+
+    after = (InsertFakeQuant, ReconstructUnits)
+    preserves_output = False
+    verb = "trained"
+
+    def __init__(
+        self,
+        teacher: GraphModule,
+        images: Sequence[Tensor],
+        loader: Iterable[Any],
+        recipe: Recipe,
+        seed: int,
+        device: torch.device,
+        stage: str = "finish",
+        keeper: Keeper | None = None,
+    ):
+        super().__init__()
+        self.teacher, self.images, self.loader = teacher, list(images), loader
+        self.recipe, self.seed, self.device, self.stage, self.keeper = recipe, seed, device, stage, keeper or Keeper(None)
+        self.settings = finish_settings(recipe) if stage == "finish" else output_kl_settings(recipe)
+
+    def run(self, gm: GraphModule) -> None:
+        check_same_device(self.teacher, gm)
+        iterations = self.settings.iterations
+        if self.keeper.begin(self.stage, gm, self.log) >= max(iterations, 1):
+            return
+        training = self.training(gm)
+        if not iterations or not training.parameters:
+            self.note("there is nothing to train" if iterations else "0 iterations: nothing was learned")
+            self.keeper.skip(self.stage, self.log)
+            return
+        with self.meter(self.stage) as show:
+            outcome = training.run(
+                show,
+                self.keeper.training(self.stage),
+                lambda state: self.keeper.save(self.stage, int(state["figures"][0].item()) - 1, gm, self.log, state),
+            )
+        modules = training.learners.fixed()
+        put_modules(gm, modules)
+        self.changed(len(modules))
+        views = training.views
+        self.note(f"{iterations} steps of {views.size} views: {views.made}; {len(training.held_out)} images held out")
+        if outcome.retried:
+            left = "" if outcome.step else ", and left as it was: it did not help there either"
+            self.note(f"the loss was not finite; trained again at a tenth of the rates{left}")
+        measured = f"loss on the held-out images {outcome.before:.4f} -> {outcome.behind:.4f}"
+        self.note(f"{measured} (KL at temperature {self.settings.temperature:g}), best at step {outcome.step}")
+        self.keeper.save(self.stage, iterations, gm, self.log)
+
+    def training(self, gm: GraphModule) -> NetworkTraining:
+        """Return the loop for the student `gm`."""
+        recipe, finish = self.recipe, self.stage == "finish"
+        count = sum(map(len, self.images))
+        held = _held_out(count, recipe.finish_holdout)
+        rest = torch.ones(count, dtype=torch.bool)
+        rest[held] = count == 1  # a single image is both trained on and looked at
+        learners = Learners(
+            gm,
+            LatentWeight,
+            lambda quantizer: LearnedQuantizer(quantizer, relative=True, learned_zero_point=not finish),
+            biases=finish and recipe.finish_bias_rate > 0,
+        )
+        places = [name for unit in cut(self.teacher) if unit.layers for name in unit.outputs]
+        weights, activations = list(learners.weights.values()), list(learners.activations.values())
+        scales: list[nn.Parameter] = [learner.scale.value for learner in activations]  # type: ignore[misc]
+        weight_scales: list[nn.Parameter] = [learner.scale.value for learner in weights]  # type: ignore[misc]
+        by_levels: dict[int, list[nn.Parameter]] = {}
+        for learner in weights:
+            if isinstance(learner, LatentWeight):
+                by_levels.setdefault(learner.spec.levels, []).append(learner.latent)
+        if finish:
+            rates = [
+                *((latents, recipe.finish_weight_rate * levels / 4) for levels, latents in by_levels.items()),
+                (weight_scales, recipe.finish_scale_rate),
+                (scales, recipe.finish_activation_rate),
+                (list(learners.biases.values()), recipe.finish_bias_rate),
+            ]
+        else:
+            zero_points = [learner.zero_point for learner in activations if isinstance(learner.zero_point, nn.Parameter)]
+            rates = [([*weight_scales, *scales, *zero_points], recipe.output_kl_rate)]
+        blend = recipe.finish_blend if finish else 0.0
+        size = recipe.finish_batch if finish else recipe.output_kl_batch
+        views = Views(self.images, rest.nonzero().flatten(), self.loader, recipe.finish_augment, blend, size, self.seed)
+        return NetworkTraining(
+            learners, self.teacher, places if self.settings.feature_weight else [], views, torch.cat(self.images)[held], rates,
+            self.settings, self.device,
+        )  # fmt: skip
+
+
+def _held_out(count: int, share: float) -> Tensor:
+    """Return the rows held out, evenly spread: at least one image, and never all."""
+    held = min(max(1, round(share * count)), count - 1) if count > 1 else 1
+    return torch.arange(held) * count // held
+
+
+def finish_settings(recipe: Recipe) -> Settings:
+    """Return the constants of the stage ``"finish"``."""
+    return recipe.settings(Settings, "finish")
+
+
+def output_kl_settings(recipe: Recipe) -> Settings:
+    """Return the constants of the stage ``"output_kl"``."""
+    return recipe.settings(Settings, "output_kl", checks=recipe.finish_checks)

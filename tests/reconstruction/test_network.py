@@ -1,0 +1,293 @@
+"""The network-wise loop: its loss written out, what is kept, going on where it stopped, and what happens when it diverges."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from nets import images
+from test_learners import CPU, pair, spread
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant.quantizers.learned import LatentWeight, LearnedQuantizer
+from fxquant.reconstruction.learners import Learners, put_modules
+from fxquant.reconstruction.network import NetworkTraining, Settings, is_logits, tensors, with_features
+from fxquant.reconstruction.views import Views
+from fxquant.units import cut
+
+COUNT = 20
+X = images(COUNT)
+HELD = torch.tensor([0, 5, 10, 15])
+PLAIN = Settings(
+    iterations=10, warmup=0.1, temperature=2.0, feature_weight=0.5, penalty=0.0, mix=0.0, mix_until=0.6, checks=5, averaging=0.0,
+    precision="float32",
+)  # fmt: skip
+RATES = {"latent": 0.02, "weight scales": 1e-3, "activation scales": 1e-3, "biases": 1e-3, "zero points": 0.0}
+
+
+def quiet(done: float, total: float, text: str) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def nets() -> tuple[GraphModule, GraphModule]:
+    return pair(spread("residual"), 2, 3)
+
+
+def training_of(
+    nets: tuple[GraphModule, GraphModule], settings: Settings = PLAIN, zero_points: bool = False, blend: float = 0.0, **rates: float
+) -> NetworkTraining:
+    teacher, student = nets
+    learners = Learners(student, LatentWeight, lambda q: LearnedQuantizer(q, relative=True, learned_zero_point=zero_points), biases=True)
+    rates = {**RATES, **rates}
+    weights, activations = learners.weights.values(), learners.activations.values()
+    groups = [
+        ([learner.latent for learner in weights], rates["latent"]),
+        ([learner.scale.value for learner in weights], rates["weight scales"]),
+        ([learner.scale.value for learner in activations], rates["activation scales"]),
+        (list(learners.biases.values()), rates["biases"]),
+        ([learner.zero_point for learner in activations if zero_points], rates["zero points"]),
+    ]
+    places = [name for unit in cut(teacher) if unit.layers for name in unit.outputs]
+    rest = torch.tensor([row for row in range(COUNT) if row not in HELD])
+    views = Views([X], rest, [X], "crop", blend, 8, 0)
+    return NetworkTraining(learners, teacher, places, views, X[HELD], groups, settings, CPU)
+
+
+def values(training: NetworkTraining) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in training.parameters]
+
+
+def kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
+    p, log_q = (teacher / temperature).softmax(1), (student / temperature).log_softmax(1)
+    return (p * (p.log() - log_q)).sum(1).mean()
+
+
+def test_the_loss_is_the_formula(nets):
+    training = training_of(nets, replace(PLAIN, penalty=0.3))
+    with torch.no_grad():
+        for parameter in training.parameters:
+            parameter.add_(0.01)
+    x = X[:6]
+    places = [name for unit in cut(nets[0]) if unit.layers for name in unit.outputs]
+    assert len(places) == 4
+    theirs, wanted = with_features(nets[0], places)(x)
+    mine, features = with_features(training.learners.graph, places)(x)
+    ratio = sum((f - w).square().sum() / w.square().sum() for f, w in zip(features, wanted, strict=True)) / 4
+    pull = sum((p - start).square().sum() for p, start in zip(training.parameters, training.start, strict=True))
+    expected = 4 * kl(theirs, mine, 2.0) + 0.5 * ratio + 0.3 * pull
+    torch.testing.assert_close(training.loss(x), expected, rtol=1e-4, atol=1e-5)
+    plain = training_of(nets, replace(PLAIN, feature_weight=0.0, temperature=1.0))
+    torch.testing.assert_close(plain.loss(x), kl(nets[0](x), nets[1](x)), rtol=1e-4, atol=1e-5)
+
+
+def test_only_learners_get_gradients(nets):
+    for model in nets:
+        model.requires_grad_(True)
+    training = training_of(nets, zero_points=True, **{"zero points": 0.01})
+    training.loss(X[:6]).backward()
+    assert all(parameter.grad is not None for parameter in training.parameters)
+    assert all(part.grad is None for model in nets for part in model.parameters())
+
+
+def test_the_error_on_the_held_out_images_is_the_kl_that_is_minimised(nets):
+    training = training_of(nets)
+    for quantizer in training.learners.activations.values():
+        quantizer.mix = 0.5
+    assert training.held_out_error() == pytest.approx(4 * kl(nets[0](X[HELD]), nets[1](X[HELD]), 2.0).item(), rel=1e-4)
+    assert all(quantizer.mix == 0 for quantizer in training.learners.activations.values())
+
+
+def test_training_lowers_the_error_and_keeps_the_best(nets):
+    training = training_of(nets, replace(PLAIN, iterations=60, checks=12), blend=0.5)
+    outcome = training.run(quiet)
+    assert outcome.behind < 0.7 * outcome.before and 0 < outcome.step <= 60 and not outcome.retried
+    assert training.held_out_error() == pytest.approx(outcome.behind, rel=1e-6)
+    student = nets[1]
+    put_modules(copy := with_features(student, []), training.learners.fixed())
+    assert torch.equal(copy(X)[0], training.learners.graph(X))
+
+
+@pytest.mark.parametrize("latent", [0.5, 30.0])
+def test_what_is_kept_is_never_worse_than_the_start(nets, latent):
+    training = training_of(nets, latent=latent, biases=1.0)
+    start = values(training)
+    outcome = training.run(quiet)
+    assert outcome.behind <= outcome.before
+    assert training.held_out_error() == pytest.approx(outcome.behind, rel=1e-6)
+    if outcome.step == 0:
+        assert all(map(torch.equal, values(training), start)) and outcome.behind == outcome.before
+
+
+@pytest.mark.parametrize("averaging", [0.0, 0.9])
+@pytest.mark.parametrize("stop", [2, 6])
+def test_going_on_at_a_check_gives_the_same_bit_for_bit(nets, averaging, stop):
+    settings = replace(PLAIN, averaging=averaging, mix=0.5)
+    straight = training_of(nets, settings, blend=0.5)
+    first = straight.run(quiet)
+    states: dict[int, dict[str, Tensor]] = {}
+
+    class Stopped(Exception): ...
+
+    def keep(state: dict[str, Tensor]) -> None:
+        states[int(state["figures"][0])] = {name: value.clone() for name, value in state.items()}
+        if len(states) == stop // 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        training_of(nets, settings, blend=0.5).run(quiet, keep=keep)
+    assert max(states) == stop
+    again = training_of(nets, settings, blend=0.5)
+    second = again.run(quiet, states[stop])
+    assert first == second
+    assert all(map(torch.equal, values(straight), values(again)))
+
+
+def test_going_on_behind_the_last_check(nets):
+    states = []
+    straight = training_of(nets)
+    first = straight.run(quiet, keep=lambda state: states.append({name: value.clone() for name, value in state.items()}))
+    assert [int(state["figures"][0]) for state in states] == [2, 4, 6, 8, 10]
+    again = training_of(nets)
+    assert again.run(quiet, states[-1]) == first
+    assert all(map(torch.equal, values(straight), values(again)))
+
+
+def poison(training: NetworkTraining, times: int) -> None:
+    """Make the first `times` attempts give a loss that is not finite, at their first step."""
+    loss, seen = training.loss, []
+
+    def broken(x: Tensor) -> Tensor:
+        value = loss(x)
+        seen.append(0)
+        return value * float("nan") if len(seen) <= times else value
+
+    training.loss = broken
+
+
+def test_a_loss_that_is_not_finite_is_tried_again_at_a_tenth(nets):
+    training = training_of(nets)
+    poison(training, 1)
+    outcome = training.run(quiet)
+    assert outcome.retried and outcome.behind <= outcome.before
+    slow = training_of(nets)
+    slow.groups = [(parameters, 0.1 * rate) for parameters, rate in slow.groups]
+    assert replace_retried(slow.run(quiet)) == replace_retried(outcome)
+    assert all(map(torch.equal, values(training), values(slow)))
+
+
+def replace_retried(outcome):
+    return replace(outcome, retried=False)
+
+
+def test_a_training_that_diverges_twice_leaves_all_as_it_was(nets):
+    training = training_of(nets)
+    start = values(training)
+    poison(training, 2)
+    outcome = training.run(quiet)
+    assert outcome.retried and outcome.step == 0 and outcome.behind == outcome.before
+    assert all(map(torch.equal, values(training), start))
+
+
+@pytest.mark.parametrize("rates", [{"biases": 1e30}, {"biases": float("inf")}])
+def test_absurd_rates(nets, rates):
+    training = training_of(nets, **rates)
+    start = values(training)
+    outcome = training.run(quiet)
+    assert outcome.behind == outcome.before and outcome.step == 0
+    assert all(map(torch.equal, values(training), start))
+
+
+def test_going_on_within_the_second_attempt(nets):
+    """A run that diverged, began again at a tenth of the rates and was stopped there has to go on at a tenth."""
+    states = []
+    straight = training_of(nets)
+    poison(straight, 1)
+    first = straight.run(quiet, keep=lambda state: states.append({name: value.clone() for name, value in state.items()}))
+    again = training_of(nets)
+    second = again.run(quiet, states[1])
+    # BUG (unfixed when this was written): the state does not say which attempt it is of, so it goes on at the full rates.
+    assert all(map(torch.equal, values(straight), values(again)))
+    assert first == second
+
+
+def test_a_huge_penalty_keeps_everything_at_the_start(nets):
+    """Adam's steps have the size of the rate whatever the gradient; only their direction tells: they lead back."""
+    free, held = (training_of(nets, replace(PLAIN, iterations=40, penalty=penalty), latent=0.0, biases=0.0) for penalty in (0.0, 1e6))
+    moved = []
+    for training in (free, held):
+        last = {}
+        training.run(quiet, keep=lambda state, last=last: last.update({name: value.clone() for name, value in state.items()}))
+        ends = [last[f"now.{index}"] for index in range(len(training.parameters))]
+        moved.append(sum((end - start).abs().sum() for end, start in zip(ends, training.start, strict=True)))
+    assert moved[1] < 0.2 * moved[0]
+
+
+def test_the_average_is_the_moving_average_of_all_steps(nets):
+    training, states = training_of(nets, replace(PLAIN, averaging=0.3, checks=10)), []
+    training.run(quiet, keep=lambda state: states.append({name: value.clone() for name, value in state.items()}))
+    for index, average in enumerate(training.start):
+        for step, state in enumerate(states):
+            decay = min(0.3, (step + 1) / (step + 10))
+            average = decay * average + (1 - decay) * state[f"now.{index}"]
+            torch.testing.assert_close(state[f"average.{index}"], average, rtol=1e-4, atol=1e-6)
+
+
+def test_the_kept_average_is_what_was_measured(nets):
+    training = training_of(nets, replace(PLAIN, iterations=40, averaging=0.9))
+    outcome = training.run(quiet)
+    assert outcome.step > 0 and outcome.behind < outcome.before
+    assert training.held_out_error() == pytest.approx(outcome.behind, rel=1e-6)
+
+
+def test_rates_rise_and_fall_and_the_float_share_falls(nets, monkeypatch):
+    rates, shares = [], []
+
+    class Watched(torch.optim.Adam):
+        def step(self, closure=None):
+            rates.append([group["lr"] for group in self.param_groups])
+            shares.append([quantizer.mix for quantizer in training.learners.activations.values()])
+            return super().step(closure)
+
+    training = training_of(nets, replace(PLAIN, warmup=0.2, mix=0.4, mix_until=0.5))
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    training.run(quiet)
+    peaks = [0.02, 1e-3, 1e-3, 1e-3]
+    half = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * 3 / 8)).item())
+    for step, factor in ((0, 0), (1, 0.5), (2, 1), (5, half), (6, 0.5)):
+        assert rates[step] == pytest.approx([factor * peak for peak in peaks], rel=1e-5)
+    assert [set(share) for share in shares] == [{max(0.0, 0.4 * (1 - step / 10 / 0.5))} for step in range(10)]
+    assert {quantizer.mix for quantizer in training.learners.activations.values()} == {0.0}
+
+
+def test_latent_weights_stay_within_reach(nets):
+    training = training_of(nets, latent=5.0)
+    states = []
+    training.run(quiet, keep=lambda state: states.append([state[f"now.{index}"].clone() for index in range(len(training.latents))]))
+    for learner, *ends in zip(training.latents, *states, strict=True):
+        zero_point = learner.zero_point.view(-1, *[1] * (learner.latent.ndim - 1))
+        for value in ends:
+            assert (value >= learner.spec.qmin - zero_point - 0.5).all() and (value <= learner.spec.qmax - zero_point + 0.5).all()
+
+
+def test_a_network_without_logits_is_trained_by_its_features():
+    teacher, student = pair("several_outputs", 2, 3)
+    learners = Learners(student, LatentWeight, LearnedQuantizer, biases=True)
+    views = Views([X], torch.arange(4, COUNT), [X], "none", 0.0, 8, 0)
+    groups = [([learner.latent for learner in learners.weights.values()], 0.02), (list(learners.biases.values()), 1e-3)]
+    training = NetworkTraining(learners, teacher, [], views, X[:4], groups, replace(PLAIN, feature_weight=0.0), CPU)
+    mine, theirs = tensors(student(X[:4])), tensors(teacher(X[:4]))
+    assert len(mine) == 3 and not is_logits(student(X[:4]))
+    expected = sum((m - t).square().sum() / t.square().sum() for m, t in zip(mine, theirs, strict=True)).item() / 3
+    assert training.held_out_error() == pytest.approx(expected, rel=1e-4)
+    assert training.loss(X[:4]).item() == pytest.approx(expected, rel=1e-4)
+    outcome = training.run(quiet)
+    assert outcome.behind <= outcome.before == pytest.approx(expected, rel=1e-4)
+
+
+def test_progress_is_told(nets):
+    told = []
+    training_of(nets, replace(PLAIN, iterations=20)).run(lambda done, total, text: told.append((done, total, text)))
+    assert [(done, total) for done, total, _ in told] == [(10, 20), (20, 20)]
+    assert all("loss" in text and "held out" in text for _, _, text in told)
