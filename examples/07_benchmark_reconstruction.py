@@ -80,7 +80,7 @@ def unit_ratio(teacher: GraphModule, student: GraphModule, images: list[torch.Te
     mine = theirs = 0.0
     for visit in Walk(teacher, student, cut(teacher), images, cache_of(fxquant.Recipe.QDROP, count, DEVICE)):
         learning = UnitLearning(UnitData(visit, count), settings, 0)
-        optimizer = torch.optim.Adam(learning.groups, lr=0.0)
+        optimizer = torch.optim.Adam(learning.groups, lr=0.0, fused=True)
         learning._dropping(settings.drop)
         weights = [nn.Parameter(value.detach().clone()) for value in visit.teacher.parameters()]
         names = [name for name, _ in visit.teacher.named_parameters()]
@@ -107,7 +107,7 @@ def finish_ratio(
     """Return the time of one step of the finish over that of a training step of the float network in float32, augmentation in both."""
     recipe = fxquant.Recipe.STANDARD.replace(precision=precision)
     training = FinishNetwork(teacher, images, images, recipe, 0, DEVICE).training(student)
-    optimizer = torch.optim.Adam([{"params": values, "lr": 0.0} for values, _ in training.groups])
+    optimizer = torch.optim.Adam([{"params": values, "lr": 0.0} for values, _ in training.groups], fused=True)
     network = fxquant.trace(model, images[0]).train().requires_grad_(True)
     plain_optimizer = torch.optim.Adam(network.parameters(), lr=0.0)
     labels = torch.arange(recipe.finish_batch) % 10

@@ -248,14 +248,14 @@ class LearnedQuantizer(_Learned):
     Attributes:
         drop: probability with which an element stays float (QDrop); 0: all are quantized.
         mix: share of the float value in every element (annealed from 0.5 to 0, NWQ); 0: quantized.
-        generator: where the random choice comes from, on the CPU.
+        masks: where the random choice comes from; needed while `drop` is not 0.
     """
 
     def __init__(self, quantizer: UniformQuantizer, relative: bool = False, learned_zero_point: bool = False, learned_scale: bool = True):
         super().__init__(quantizer, relative, learned_scale)
         self.drop = 0.0
         self.mix = 0.0
-        self.generator: torch.Generator | None = None
+        self.masks: Masks | None = None
         if learned_zero_point and not quantizer.spec.symmetric:
             start = self.zero_point
             del self.zero_point
@@ -270,25 +270,41 @@ class LearnedQuantizer(_Learned):
         if torch.compiler.is_compiling() and not self.drop:
             quantized = learned_step(x, self.scale(), zero_point, self.spec.qmin, self.spec.qmax)
             return torch.lerp(quantized, x, self.mix) if self.mix else quantized
-        keep = kept(x, self.drop, self.generator) if self.drop else None
+        keep = self.masks.like(x, self.drop) if self.drop and self.masks else None
         quantized = FakeQuantize.apply(x, self.scale(), zero_point, self.spec.qmin, self.spec.qmax, keep)
         assert isinstance(quantized, Tensor)
         return torch.lerp(quantized, x, self.mix) if self.mix else quantized
 
 
-def mixed(float_values: Tensor, quantized: Tensor, drop: float, generator: torch.Generator | None) -> Tensor:
-    """Return `quantized` with each element replaced by its float value with probability `drop` (to 1/256)."""
-    return torch.lerp(float_values, quantized, kept(quantized, drop, generator))
+class Masks:
+    """Masks of ones and, with some probability, zeros: each is cut at a random place from one long random sequence.
 
+    Drawing every element anew would cost more than the layers around; a window at one of a million places is as good for dropping.
 
-def kept(x: Tensor, drop: float, generator: torch.Generator | None) -> Tensor:
-    """Return a tensor like x of ones and, with probability `drop` (to 1/256), zeros.
-
-    One random number of the generator gives eight elements: drawing a float for each would cost as much as the layer behind.
+    Args:
+        generator: where the randomness comes from, on the CPU.
     """
-    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    bits = words.view(torch.uint8)[: x.numel()].to(x.device, non_blocking=True)
-    keep = (bits >= min(round(256 * drop), 255)).to(x.dtype) if drop < 511 / 512 else torch.zeros_like(bits, dtype=x.dtype)
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return keep.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
-    return keep.view(x.shape)
+
+    PLACES = 2**20
+
+    def __init__(self, generator: torch.Generator):
+        self.generator = generator
+        self._sequences: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+
+    def like(self, x: Tensor, drop: float) -> Tensor:
+        """Return a mask of the shape, type, device and memory format of x, whose elements are 0 with probability `drop`."""
+        key, count = (drop, x.dtype, x.device), x.numel()
+        sequence = self._sequences.get(key)
+        if sequence is None or len(sequence) < count + self.PLACES:
+            drawn = torch.rand(count + self.PLACES, generator=self.generator) >= drop
+            sequence = self._sequences[key] = drawn.to(x.device, x.dtype)
+        start = int(torch.randint(self.PLACES, (), generator=self.generator))
+        mask = sequence[start : start + count]
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return mask.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+        return mask.view(x.shape)
+
+
+def mixed(float_values: Tensor, quantized: Tensor, drop: float, masks: Masks) -> Tensor:
+    """Return `quantized` with each element replaced by its float value with probability `drop`."""
+    return torch.lerp(float_values, quantized, masks.like(quantized, drop))

@@ -116,7 +116,7 @@ class NetworkTraining:
 
     def _train(self, factor: float, show: Show, state: State | None, keep: Callable[[State], None] | None) -> Outcome | None:
         settings = self.settings
-        optimizer = torch.optim.Adam([{"params": parameters, "peak": factor * rate} for parameters, rate in self.groups])
+        optimizer = torch.optim.Adam([{"params": parameters, "peak": factor * rate} for parameters, rate in self.groups], fused=True)
         average = [value.clone() for value in self.start] if settings.averaging else None
         before = self.held_out_error()
         best, outcome, first = [value.clone() for value in self.start], Outcome(before, before, 0), 0

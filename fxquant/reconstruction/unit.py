@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fxquant.quantizers.learned import LearnedQuantizer, SoftRounding, mixed
+from fxquant.quantizers.learned import LearnedQuantizer, Masks, SoftRounding, mixed
 from fxquant.reconstruction.learners import Learners, put_modules
 from fxquant.reconstruction.losses import beta_at, channel_loss, cosine, full_fisher_loss, prediction_loss, rounding_loss
 from fxquant.reconstruction.walk import Visit
@@ -121,6 +121,7 @@ class UnitLearning:
     def __init__(self, data: UnitData, settings: Settings, seed: int, factor: float = 1.0):
         self.data, self.settings = data, settings
         self.generator = torch.Generator().manual_seed(seed)
+        self.masks = Masks(self.generator)
         learn_scale = settings.scale_rate > 0
         self.learners = Learners(
             data.visit.student,
@@ -130,7 +131,7 @@ class UnitLearning:
             float_activations=not settings.activations,
         )
         for quantizer in self.learners.activations.values():
-            quantizer.generator = self.generator
+            quantizer.masks = self.masks
         self.soft = [learner for learner in self.learners.weights.values() if isinstance(learner, SoftRounding)]
         groups: list[tuple[Sequence[nn.Parameter], float, bool]] = [
             ([learner.alpha for learner in self.soft], settings.rounding_rate, False),
@@ -145,7 +146,7 @@ class UnitLearning:
     def run(self, show: Show) -> bool:
         """Learn; say whether all losses that were looked at are finite."""
         settings = self.settings
-        optimizer = torch.optim.Adam(self.groups)
+        optimizer = torch.optim.Adam(self.groups, fused=True)
         self._dropping(settings.drop)
         for step in range(settings.iterations):
             done = step / settings.iterations
@@ -180,7 +181,7 @@ class UnitLearning:
         inputs = quantized
         if settings.input_drop:
             pairs = zip(floats, quantized, strict=True)
-            inputs = tuple(mixed(x, q, settings.input_drop, self.generator) if q.is_floating_point() else q for x, q in pairs)
+            inputs = tuple(mixed(x, q, settings.input_drop, self.masks) if q.is_floating_point() else q for x, q in pairs)
         with torch.autocast(targets[0].device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
             plain: tuple[Tensor, ...] = ()
             if data.suffix is None:

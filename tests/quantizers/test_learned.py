@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxquant.quantizers import QuantSpec, UniformQuantizer
-from fxquant.quantizers.learned import FakeQuantize, LatentWeight, LearnedQuantizer, LearnedScale, SoftRounding, kept, learned_step, mixed
+from fxquant.quantizers.learned import FakeQuantize, LatentWeight, LearnedQuantizer, LearnedScale, Masks, SoftRounding, learned_step, mixed
 
 SHAPES = {0: (4, 3, 3, 3), 1: (3, 4, 2, 2), None: (5, 7)}
 seeds = st.integers(0, 2**31)
@@ -295,7 +295,7 @@ def learned(bits: int = 3, dtype: torch.dtype = torch.float32, **options) -> tup
 @pytest.mark.parametrize("drop", [0.25, 0.5, 0.9])
 def test_each_element_stays_float_with_the_probability_asked_for(drop):
     quantizer, q = learned()
-    quantizer.drop, quantizer.generator = drop, torch.Generator().manual_seed(0)
+    quantizer.drop, quantizer.masks = drop, Masks(torch.Generator().manual_seed(0))
     x = (random(100, 1000, dtype=torch.float32) * q.scale * 4).requires_grad_()
     y = quantizer(x)
     floats = y == x
@@ -318,19 +318,19 @@ def test_each_element_stays_float_with_the_probability_asked_for(drop):
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 1001])
 def test_the_choice_depends_on_the_generator_alone(size):
     x, q = torch.zeros(size), torch.ones(size)
-    picked = [mixed(x, q, 0.5, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
+    picked = [mixed(x, q, 0.5, Masks(torch.Generator().manual_seed(seed))) for seed in (3, 3, 4)]
     assert torch.equal(picked[0], picked[1])
     assert size < 9 or not torch.equal(picked[0], picked[2])
-    generator = torch.Generator().manual_seed(3)
-    mixed(x, q, 0.5, generator)
-    assert size < 9 or not torch.equal(mixed(x, q, 0.5, generator), picked[0])
+    masks = Masks(torch.Generator().manual_seed(3))
+    mixed(x, q, 0.5, masks)
+    assert size < 9 or not torch.equal(mixed(x, q, 0.5, masks), picked[0])
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 4, 2), (2, 6, 1, 1), (9,), (2, 3, 5)])
 def test_the_mask_holds_zeros_and_ones_in_the_layout_of_what_it_masks(shape):
     x = torch.zeros(shape).to(torch.float64)
     x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
-    mask = kept(x, 0.5, torch.Generator().manual_seed(0))
+    mask = Masks(torch.Generator().manual_seed(0)).like(x, 0.5)
     assert mask.shape == x.shape and mask.dtype == x.dtype
     assert x.ndim != 4 or mask.is_contiguous(memory_format=torch.channels_last)
     assert set(mask.unique().tolist()) <= {0.0, 1.0}
@@ -338,9 +338,8 @@ def test_the_mask_holds_zeros_and_ones_in_the_layout_of_what_it_masks(shape):
 
 def test_the_ends_of_the_probability():
     x, q = torch.zeros(1000), torch.ones(1000)
-    assert torch.equal(mixed(x, q, 0.0, torch.Generator()), q)
-    # BUG (unfixed when this was written): 256 is no uint8 and wraps to 0, so all is quantized; a recipe may ask for a drop of 1.
-    assert torch.equal(mixed(x, q, 1.0, torch.Generator()), x)
+    assert torch.equal(mixed(x, q, 0.0, Masks(torch.Generator())), q)
+    assert torch.equal(mixed(x, q, 1.0, Masks(torch.Generator())), x)
 
 
 def test_a_share_of_every_element_stays_float():
@@ -376,15 +375,12 @@ def test_a_zero_point_that_was_learned_beyond_the_codes(place):
     with torch.no_grad():
         quantizer.zero_point.fill_(place)
     x = random(1000, dtype=torch.float32)
-    # BUG (unfixed when this was written): forward rounds the zero-point, `fixed` rounds and clamps it.
     assert torch.equal(quantizer(x).detach(), quantizer.fixed()(x))
 
 
 def test_a_symmetric_grid_keeps_its_zero_point():
     q = UniformQuantizer(QuantSpec(4, symmetric=True), torch.tensor(0.1), torch.tensor(0))
     quantizer = LearnedQuantizer(q, learned_zero_point=True)
-    # BUG (unfixed when this was written): it is learned, and `fixed` raises ConfigError once it is beyond one half
-    # (recipe output_kl with activation_symmetric=True).
     if isinstance(quantizer.zero_point, torch.nn.Parameter):
         with torch.no_grad():
             quantizer.zero_point.add_(0.8)

@@ -79,8 +79,6 @@ def test_output_gradients_are_those_of_the_whole_network(name, layer, activation
         y, values = with_features(whole, places)(x[rows].requires_grad_())
         loss = -(logits[rows].softmax(1) * y.log_softmax(1)).sum(1).mean()
         expected.append([gradient.abs() + 1 for gradient in torch.autograd.grad(loss, values)])
-    # BUG (unfixed when this was written; activations=False): the unit is run with its activation quantizers on, though they are off
-    # in the walk and in the loss.
     for mine, parts in zip(read(torch.arange(COUNT)), zip(*expected, strict=True), strict=True):
         torch.testing.assert_close(mine - 1, torch.cat(parts) - 1, rtol=1e-2, atol=1e-6)
         assert (mine > 1).any()

@@ -207,7 +207,6 @@ def test_going_on_within_the_second_attempt(nets):
     first = straight.run(quiet, keep=lambda state: states.append({name: value.clone() for name, value in state.items()}))
     again = training_of(nets)
     second = again.run(quiet, states[1])
-    # BUG (unfixed when this was written): the state does not say which attempt it is of, so it goes on at the full rates.
     assert all(map(torch.equal, values(straight), values(again)))
     assert first == second
 

@@ -38,10 +38,7 @@ LAYERS = {
     "no bias": (lambda: (nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5, eps=1e-2)), (4, 3, 7, 6)),
     "not affine": (lambda: (nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6, affine=False)), (4, 4, 5, 5)),
     "transposed": (lambda: (nn.ConvTranspose2d(4, 6, 2, 2, groups=2), nn.BatchNorm2d(6)), (4, 4, 3, 3)),
-    # BUG (unfixed when this was written): [N, C] has no axis 2 to flatten, so norm_distance raises.
     "linear": (lambda: (nn.Linear(7, 5), nn.BatchNorm1d(5)), (4, 7)),
-    # BUG (unfixed when this was written): a folded norm on [N, C, L] is always that of a Conv1d, whose channels are on axis 1,
-    # but norm_distance takes the last axis of three: it raises, or is silently wrong where C == L.
     "one dimension": (lambda: (nn.Conv1d(3, 5, 3), nn.BatchNorm1d(5)), (4, 3, 9)),
     "one dimension, as long as wide": (lambda: (nn.Conv1d(3, 5, 3, padding=1), nn.BatchNorm1d(5)), (4, 3, 5)),
 }

@@ -179,8 +179,6 @@ def test_held_out_images_of_an_augmenting_loader_are_never_trained_on(shuffle, m
     recipe = Recipe(stages=("ranges", "finish"), finish_iterations=12, finish_batch=8, finish_blend=0.0, finish_holdout=0.25)
     fxquant.quantize(net, DataLoader(Jittered(24), batch_size=6, shuffle=shuffle), w=4, a=4, recipe=recipe, progress=False)
     assert len(held) == 6 and len(seen) >= 18
-    # BUG (unfixed when this was written): `in_one_order` draws another order of a shuffling loader than the one in which the
-    # calibration images came, so rows of its passes are other images: those held out are trained on.
     assert not held & seen
 
 
