@@ -18,6 +18,7 @@ import json
 import re
 import statistics
 import time
+import zlib
 from collections import defaultdict
 from pathlib import Path
 from types import ModuleType
@@ -81,7 +82,10 @@ def main() -> None:
         parser.error(f"{options.path} has no zoo.py; see --help")
     changes = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.set)}
     if options.ablation:
-        runs = [(name, fxquant.Recipe.STANDARD.replace(name="standard", **{**changes, **fields})) for name, fields in ABLATION.items()]
+        runs = [
+            (label(name, changes), fxquant.Recipe.STANDARD.replace(name="standard", **{**changes, **fields}))
+            for name, fields in ABLATION.items()
+        ]
     else:
         named = [(name, fxquant.Recipe.named(name)) for name in options.recipes]
         runs = [(label(name, changes), recipe.replace(name=name, **changes) if changes else recipe) for name, recipe in named]
@@ -94,12 +98,15 @@ def main() -> None:
         for name, recipe in runs:
             for seed in options.seeds:
                 row = {"network": options.network, "setting": setting, "recipe": name, "seed": seed}
+                row["constants"] = constants(recipe, options.device)
                 if key(row) not in done:
                     row |= run(data, setting, recipe, seed, options.device)
                     with log.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
                     print(json.dumps(row), flush=True)
+    current = {name: constants(recipe, options.device) for name, recipe in runs}  # rows of a recipe that has changed since are left out
     rows = [row for row in rows_of(log) if row["network"] == options.network]
+    rows = [row for row in rows if current.get(row["recipe"], row["constants"]) == row["constants"]]
     text = markdown(rows, data.float_top1)
     (options.out / log.with_suffix(".md").name).write_text(text, encoding="utf-8")
     plot(rows, data.float_top1, options.out / log.with_suffix(".png").name)
@@ -156,7 +163,13 @@ def label(name: str, changes: dict[str, Any]) -> str:
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     """Return what a run is known by."""
-    return tuple(row[name] for name in ("network", "setting", "recipe", "seed"))
+    return tuple(row[name] for name in ("network", "setting", "recipe", "seed", "constants"))
+
+
+def constants(recipe: fxquant.Recipe, device: str) -> str:
+    """Return a short hash of what the result depends on besides network, bits and seed."""
+    text = json.dumps([recipe.to_dict(), device, torch.__version__, fxquant.__version__], sort_keys=True)
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def rows_of(log: Path) -> list[dict[str, Any]]:

@@ -109,7 +109,7 @@ def finish_ratio(
     training = FinishNetwork(teacher, images, images, recipe, 0, DEVICE).training(student)
     optimizer = torch.optim.Adam([{"params": values, "lr": 0.0} for values, _ in training.groups], fused=True)
     network = fxquant.trace(model, images[0]).train().requires_grad_(True)
-    plain_optimizer = torch.optim.Adam(network.parameters(), lr=0.0)
+    plain_optimizer = torch.optim.Adam(network.parameters(), lr=0.0, fused=True)
     labels = torch.arange(recipe.finish_batch) % 10
 
     def step() -> None:

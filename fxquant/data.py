@@ -183,8 +183,10 @@ def is_changing(loader: Iterable[Any]) -> bool:
 
 def is_random(loader: Iterable[Any]) -> bool:
     """Say whether two passes of `loader`, which has one order, begin with different images."""
-    first, second = (_images(next(iter(loader)), 0) for _ in range(2))
-    return not torch.equal(first, second)
+    first, second = (next(iter(loader), None) for _ in range(2))
+    if first is None or second is None:
+        return False  # it can be passed over only once
+    return not torch.equal(_images(first, 0), _images(second, 0))
 
 
 def check_seed(seed: object) -> int:

@@ -1,4 +1,4 @@
-"""The whole story on one page: trace, prepare, choose ranges, correct biases, freeze, correct logits.
+"""The whole story on one page: trace, prepare, choose ranges, correct biases, learn, freeze, correct logits.
 
 model ──trace──> graph ──PREPARE──> teacher (float, folded)
                                        │  place: one quantizer a tensor, bits by `edges` and `overrides`
@@ -58,7 +58,7 @@ def quantize(
         a: bits of activations, 2 to 8, one scale and zero-point a tensor; None leaves activations float.
         cat: True chooses a cluster-based affine transformation of the logits by cross-validation, and none when none helps; ``"paper"``
             takes the published constants (arXiv 2509.26277); False leaves the logits alone.
-        recipe: ``"standard"`` (learns for minutes), ``"fast"`` (seconds), ``"best"``, a published method
+        recipe: ``"standard"`` (learns: 4,000 steps), ``"fast"`` (seconds), ``"best"``, a published method
             (``"qdrop"``, ...) or a `Recipe`: every other constant.
         edges: ``"8bit"``: first and last weights and the last layer's input at 8 bits; ``"brecq"``: the first layer's output too;
             ``"same"``; ``"float"``.
@@ -66,7 +66,8 @@ def quantize(
         seed: same seed and loader, bit-identical result.
         device: where to work and where the result is; None: where the model's weights are.
         progress: print a line a pass and a bar a long stage.
-        checkpoint: a folder that always holds where the learning stages are; it is emptied when the run is finished.
+        checkpoint: a folder, new or without a checkpoint, that always holds where the learning stages are; emptied when the run is
+            finished.
         resume: such a folder, to go on from after a kill or Ctrl-C, with the same result bit for bit; all else must be as it was.
 
     Raises:

@@ -64,8 +64,8 @@ class Recipe:
     memory_gib: float = 2.0
     """Budget for activations held at once, in GiB: bias correction takes fewer images, the cache of the units moves on into a memory-mapped
     file."""
-    cache_dtype: str = "float32"
-    """How the cache of the units stores activations: ``"float32"`` (as they are) or ``"bfloat16"`` (half the bytes)."""
+    cache_dtype: str = "same"
+    """How the cache of the units stores activations: ``"same"`` (as they are) or ``"bfloat16"`` (half the bytes)."""
     precision: str = "float32"
     """In which precision the learning stages multiply: ``"float32"``, or ``"bfloat16"`` by autocast. Results are float32 either way."""
     compile: bool = False
@@ -125,6 +125,9 @@ class Recipe:
     output_kl_iterations: int = 1000
     output_kl_batch: int = 64
     output_kl_rate: float = 4e-5
+    """Rate for the scales of weights and activations, as a ratio to where they start."""
+    output_kl_zero_point_rate: float = 2e-3
+    """Rate for zero-points, in codes."""
     output_kl_temperature: float = 4.0
     """T of the CAT paper's first stage (its runs use 4 for ResNets, 1 for mobile networks)."""
     output_kl_penalty: float = 0.1
@@ -273,7 +276,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "bias_gain": ("none", "spread", "regression", "balanced"),
     "augment": ("none", "crop", "crop+flip"),
     "finish_augment": ("none", "crop", "crop+flip"),
-    "cache_dtype": ("float32", "bfloat16"),
+    "cache_dtype": ("same", "bfloat16"),
     "precision": ("float32", "bfloat16"),
     "unit_granularity": ("layer", "block", "pack", "network"),
     "pack_score": ("simple", "literal"),
@@ -302,7 +305,7 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         ("unit_rounding_rate", "unit_activation_rate", "unit_scale_rate", "unit_bias_rate", "unit_correction_rate"), (0.0, 10.0)
     ),
-    **dict.fromkeys(("scales_rate", "output_kl_rate", "finish_weight_rate", "finish_scale_rate"), (0.0, 10.0)),
+    **dict.fromkeys(("scales_rate", "output_kl_rate", "output_kl_zero_point_rate", "finish_weight_rate", "finish_scale_rate"), (0.0, 10.0)),
     **dict.fromkeys(("finish_activation_rate", "finish_bias_rate"), (0.0, 10.0)),
     **dict.fromkeys(("unit_rounding_weight", "unit_kl_weight", "unit_correction_pull", "output_kl_penalty"), (0.0, 1e9)),
     "finish_feature_weight": (0.0, 1e9),
@@ -316,6 +319,11 @@ _NUMBERS: dict[str, tuple[float, float]] = {
 """The smallest and the largest number that a field can have; whole where the smallest is written so."""
 
 _UNITS = ("ranges", "units")
+
+# The published recipes differ from their sources where this engine does something for all of them alike: weights start from the same
+# two-dimensional L_2.4 search, activation ranges from all calibration images, the first unit is learned like the others, bits at the edges
+# are those of `edges`. PD-Quant's temperature, pull and weights are those for ResNets (for mobile networks: 1, 200 and 0.1); AdaRound's
+# 20,000 iterations are those of the others (AIMET: 15,000); Pack-PTQ's literal score takes its gradient at the quantized output.
 
 Recipe.FAST = Recipe(name="fast")
 Recipe.ADAROUND = Recipe(

@@ -1,4 +1,4 @@
-"""FinishNetwork and RefineByOutput: train the whole network against the float one."""
+"""FinishNetwork: train the whole network against the float one."""
 
 from __future__ import annotations
 
@@ -125,14 +125,13 @@ class FinishNetwork(Pass):
             ]
         else:
             zero_points = [learner.zero_point for learner in activations if isinstance(learner.zero_point, nn.Parameter)]
-            rates = [([*weight_scales, *scales, *zero_points], recipe.output_kl_rate)]
-        blend = recipe.finish_blend if finish else 0.0
+            rates = [([*weight_scales, *scales], recipe.output_kl_rate), (zero_points, recipe.output_kl_zero_point_rate)]
+        augment, blend = (recipe.finish_augment, recipe.finish_blend) if finish else ("none", 0.0)
         size = recipe.finish_batch if finish else recipe.output_kl_batch
-        views = Views(self.images, rest.nonzero().flatten(), self.loader, recipe.finish_augment, blend, size, self.seed)
-        return NetworkTraining(
-            learners, self.teacher, places if self.settings.feature_weight else [], views, torch.cat(self.images)[held], rates,
-            self.settings, self.device,
-        )  # fmt: skip
+        views = Views(self.images, rest.nonzero().flatten(), self.loader, augment, blend, size, self.seed)
+        held_out = torch.stack([views.images[row] for row in held.tolist()])
+        places = places if self.settings.feature_weight else []
+        return NetworkTraining(learners, self.teacher, places, views, held_out, rates, self.settings, self.device)
 
 
 def _held_out(count: int, share: float) -> Tensor:
@@ -143,7 +142,7 @@ def _held_out(count: int, share: float) -> Tensor:
 
 def finish_settings(recipe: Recipe) -> Settings:
     """Return the constants of the stage ``"finish"``."""
-    return recipe.settings(Settings, "finish")
+    return recipe.settings(Settings, "finish", kl_weight=recipe.finish_temperature**2)
 
 
 def output_kl_settings(recipe: Recipe) -> Settings:

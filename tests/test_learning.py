@@ -407,7 +407,7 @@ def test_resume_behind_a_stage_without_iterations(net, images, tmp_path, monkeyp
 
 
 def test_resume_behind_a_stage_with_nothing_to_train(net, images, tmp_path, monkeypatch):
-    recipe = ALL.replace(output_kl_rate=0.0)
+    recipe = ALL.replace(output_kl_rate=0.0, output_kl_zero_point_rate=0.0)
     plain = quantize(net, images, recipe=recipe)
     assert any("nothing to train" in note for log in record_of(plain).passes for note in log.notes)
     again = kill_and_resume(monkeypatch, tmp_path / "run", 8, net, images, recipe=recipe)
@@ -592,6 +592,7 @@ def test_resume_with_a_damaged_file(net, images, begun, plain, damage):
     )
     with pytest.raises(CheckpointError, match="is damaged, truncated, or no checkpoint"):
         quantize(net, images, resume=begun)
+    path.unlink()
     check_same(quantize(net, images, checkpoint=begun), plain, images[0])
 
 
@@ -634,9 +635,10 @@ def test_a_folder_of_the_user_stays_with_what_is_in_it(net, images, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_another_run_without_resume_replaces_what_is_there(net, images, begun):
-    recipe = ALL.replace(unit_iterations=3)
-    check_same(quantize(net, images, recipe=recipe, checkpoint=begun), quantize(net, images, recipe=recipe), images[0])
+def test_a_forgotten_resume_loses_nothing(net, images, begun, plain):
+    with pytest.raises(CheckpointError, match=r"there is a checkpoint already.*Go on from it with resume="):
+        quantize(net, images, checkpoint=begun)
+    check_same(quantize(net, images, resume=begun), plain, images[0])
 
 
 def test_a_recipe_that_learns_nothing_leaves_nothing(net, images, tmp_path):

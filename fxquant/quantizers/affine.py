@@ -137,17 +137,12 @@ class UniformQuantizer(nn.Module):
         scale, zero_point = self._broadcast(codes)
         return (codes - zero_point) * scale
 
-    def along(self, values: Tensor, x: Tensor) -> Tensor:
-        """Return `values` ``[C]`` shaped so that they broadcast along the channel axis of x; those of a tensor with one scale as they
-        are."""
-        if self.spec.axis is None:
-            return values
-        shape = [1] * x.ndim
-        shape[self.spec.axis] = -1
-        return values.view(shape)
-
     def _broadcast(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.along(self.scale, x), self.along(self.zero_point, x)
+
+    def along(self, values: Tensor, x: Tensor) -> Tensor:
+        """Return `values`, shaped like the scale, so that they broadcast along the channel axis of x."""
+        return along(values, x, self.spec.axis)
 
     def extra_repr(self) -> str:
         """Describe the grid, for ``print(model)``."""
@@ -156,6 +151,15 @@ class UniformQuantizer(nn.Module):
         symmetry = "symmetric" if spec.symmetric else "asymmetric"
         granularity = "per tensor" if spec.axis is None else f"per channel (axis {spec.axis})"
         return f"{spec.bits} bits, {sign}, {symmetry}, {granularity}"
+
+
+def along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    """Return `values` ``[C]`` shaped to broadcast along an axis of x; those of a tensor with one scale (None) as they are."""
+    if axis is None:
+        return values
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    return values.view(shape)
 
 
 def _check_parameters(spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> None:

@@ -52,7 +52,7 @@ class QuantizedLayer(nn.Module):
         new.weight_quantizer = UniformQuantizer(old.spec, old.scale * gain, old.zero_point)
         # What learns later starts at the float weight, so it is scaled along; a code that rounding noise would change stays. A frozen
         # weight is on the new grid to the bit, as it is when codes and scale are all that is stored of it.
-        codes, scaled = self.codes(), self.weight * new.weight_quantizer.along(gain, self.weight)
+        codes, scaled = self.codes(), self.weight * old.along(gain, self.weight)
         kept = (new.weight_quantizer.quantize(scaled) == codes) & (not self.frozen)
         new.weight = nn.Parameter(torch.where(kept, scaled, new.weight_quantizer.dequantize(codes)).detach(), requires_grad=False)
         bias = shift if self.bias is None else gain.repeat(len(shift) // len(gain)) * self.bias + shift

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.quantizers.affine import QuantSpec, UniformQuantizer
+from fxquant.quantizers.affine import QuantSpec, UniformQuantizer, along
 
 STRETCH = (-0.1, 1.1)
 """The ends gamma and zeta that the sigmoid of soft rounding is stretched to before it is clamped to 0..1 (AdaRound, eq. 23)."""
@@ -32,8 +32,7 @@ class FakeQuantize(torch.autograd.Function):
 
     Inside is what rounds onto the grid, so no codes are kept for the backward pass, only x and the output, which the layers around keep
     anyway; the gradient of the scale is ``(<g, out> - <dx, x>) / s``, to which elements that stay float add nothing. On the CPU, where
-    reading a number
-    back costs nothing, bounds are numbers: ops with numbers are several times faster than ops with tensors of one element.
+    reading a number back costs nothing, bounds are numbers: ops with numbers are several times faster than ops with tensors of one element.
     """
 
     @staticmethod
@@ -45,8 +44,10 @@ class FakeQuantize(torch.autograd.Function):
             out = (x / step).round_().clamp_(qmin - zero, qmax - zero).mul_(step)
         else:
             zeros = zero_point.to(x.dtype)
-            out = (x / scale.to(x.dtype)).round_().clamp_(qmin - zeros, qmax - zeros).mul_(scale)
-        ctx.inside = None if x.is_cpu else (out - x).abs_() <= 0.5 * scale
+            steps = x / scale.to(x.dtype)
+            inside = (steps >= qmin - zeros - 0.5) & (steps <= qmax - zeros + 0.5)
+            out = steps.round_().clamp_(qmin - zeros, qmax - zeros).mul_(scale)
+        ctx.inside = None if x.is_cpu else inside
         if keep is not None:
             out = torch.lerp(x, out, keep)  # exact at 0 and 1, and many times faster than `where` on the CPU
         ctx.save_for_backward(x, out, scale, keep)
@@ -62,14 +63,18 @@ class FakeQuantize(torch.autograd.Function):
             dx = torch.lerp(gradient, dx, keep)
         dscale = dzero = None
         if ctx.needs_input_grad[1]:
-            dscale = (_total(gradient * out) - _total(dx * x)) / scale
+            dscale = (_total(gradient, out) - _total(dx, x)) / scale
         if ctx.needs_input_grad[2]:
             dzero = (_total(dx) - _total(gradient)) * scale
-        return dx, _as(dscale, scale), _as(dzero, scale), None, None, None
+        return dx, _typed_as(dscale, scale), _typed_as(dzero, scale), None, None, None
 
 
-def _total(values: Tensor) -> Tensor:
-    return values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+def _total(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the sum of `values`, or of their products with `weights`, in float32 at least."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    if weights is None:
+        return values.sum(dtype=wide)
+    return (values * weights if values.dtype == wide else values.to(wide) * weights).sum()
 
 
 def learned_step(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
@@ -82,7 +87,7 @@ def learned_step(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: 
     return ((inside + (codes - inside).detach() + ends) * scale).to(x.dtype)
 
 
-def _as(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+def _typed_as(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
     return None if gradient is None else gradient.to(parameter.dtype)
 
 
@@ -132,11 +137,7 @@ class _Learned(nn.Module):
         return UniformQuantizer(self.spec, self.scale().detach(), zero_point)
 
     def _along(self, values: Tensor, weight: Tensor) -> Tensor:
-        if self.spec.axis is None:
-            return values
-        shape = [1] * weight.ndim
-        shape[self.spec.axis] = -1
-        return values.view(shape)
+        return along(values, weight, self.spec.axis)
 
 
 class WeightLearner(_Learned):

@@ -77,7 +77,7 @@ class Checkpoints:
     Args:
         folder: made when it is missing (not with `resume`).
         identity: of this run.
-        resume: go on from what is there. Without it, what is there is replaced by the first `save`.
+        resume: go on from what is there. Without it, what is there is an error: it may be hours of work.
 
     Raises:
         CheckpointError: the folder is a file or cannot be written; nothing to resume from, or that of another run, or damaged.
@@ -91,6 +91,12 @@ class Checkpoints:
         if resume:
             header = self._header()
             self._made, self._saved = bool(header["made"]), _described(header["state"])
+        elif self.path.exists():
+            raise CheckpointError(
+                "there is a checkpoint already, maybe of hours of work",
+                where=str(self.path),
+                fix=f"Go on from it with resume={str(self.folder)!r}, delete it, or choose another folder",
+            )
         self._check_folder()
         drop_unfinished(self.path)
 
@@ -186,7 +192,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"is of another run: {'; '.join(differences.values())}",
                 where=str(self.path),
-                fix=f"{'; '.join(_PARTS[part] for part in differences)}. Or begin anew without resume, which replaces it",
+                fix=f"{'; '.join(_PARTS[part] for part in differences)}. Or delete it and begin anew without resume",
             )
         return header
 
@@ -199,7 +205,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"is damaged, truncated, or no checkpoint ({error})",
                 where=str(self.path),
-                fix="Begin anew without resume, which replaces it",
+                fix="Delete it and begin anew without resume",
             ) from error
 
     def _differences(self, header: Mapping[str, Any]) -> dict[str, str]:

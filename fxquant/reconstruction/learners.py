@@ -1,8 +1,7 @@
 """From a quantized graph to one that learns, and back.
 
-conv(Wq) -> relu -> [quantizer]       =>      conv(learner(W)) -> relu -> [learned quantizer]       =>      conv(Wq') -> relu ->
-[quantizer']
-                                 `Learners`                                              `Learners.fixed`
+conv(Wq) -> relu -> [quantizer]    =>    conv(learner(W)) -> relu -> [learned quantizer]    =>    conv(Wq') -> relu -> [quantizer']
+                                `Learners`                                            `Learners.fixed`
 """
 
 from __future__ import annotations

@@ -13,24 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def channel_loss(output: Tensor, target: Tensor, p: float = 2.0, importance: Tensor | None = None) -> Tensor:
+def channel_loss(output: Tensor, target: Tensor, p: float = 2.0, importance: Tensor | None = None, axis: int | None = None) -> Tensor:
     """Return the mean over images and positions of the sum over channels of ``|output - target|^p``.
 
     Args:
         output, target: ``[N, C, ...]``, or tokens ``[N, T, C]``.
         p: exponent.
+        axis: of the channels; None: the last of three, else the second.
         importance: a factor for every element, of the shape of both (BRECQ: the squared gradient of the output's KL).
     """
     error = output - target
     error = error.square() if p == 2 else error.abs().pow(p)
     if importance is not None:
         error = error * importance
-    return error.sum() / positions(target)
+    return error.sum() / positions(target, axis)
 
 
-def positions(target: Tensor) -> float:
-    """Return images times positions: elements over channels."""
-    return target.numel() / target.shape[-1 if target.ndim == 3 else min(1, target.ndim - 1)]
+def positions(target: Tensor, axis: int | None = None) -> float:
+    """Return images times positions: elements over channels (along `axis`; None: the last of three, else the second)."""
+    if axis is None:
+        axis = -1 if target.ndim == 3 else min(1, target.ndim - 1)
+    return target.numel() / target.shape[axis]
 
 
 def full_fisher_loss(output: Tensor, target: Tensor, gradient: Tensor) -> Tensor:

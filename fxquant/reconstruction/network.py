@@ -22,7 +22,7 @@ from fxquant.graph import fork
 from fxquant.quantizers.learned import LatentWeight
 from fxquant.reconstruction.learners import Learners, without_gradients
 from fxquant.reconstruction.losses import annealed, cosine, feature_loss, prediction_loss
-from fxquant.reconstruction.unit import Show
+from fxquant.reconstruction.unit import Show, can_fuse
 from fxquant.reconstruction.views import Views
 
 State = dict[str, Tensor]
@@ -34,6 +34,7 @@ class Settings:
 
     iterations: int
     temperature: float
+    kl_weight: float = 1.0
     warmup: float = 0.0
     feature_weight: float = 0.0
     penalty: float = 0.0
@@ -89,6 +90,9 @@ class NetworkTraining:
             self.steps = torch.compile(self.student, mode=mode), torch.compile(self.teacher, mode=mode)
         self.groups = [(list(parameters), rate) for parameters, rate in rates if rate]
         self.parameters = [parameter for parameters, _ in self.groups for parameter in parameters]
+        moving = set(map(id, self.parameters))
+        for parameter in learners.graph.parameters():  # what has no rate needs no gradient
+            parameter.requires_grad_(id(parameter) in moving)
         self.start = [parameter.detach().clone() for parameter in self.parameters]
         self.held_out = held_out.to(device)
         with torch.no_grad():
@@ -116,7 +120,8 @@ class NetworkTraining:
 
     def _train(self, factor: float, show: Show, state: State | None, keep: Callable[[State], None] | None) -> Outcome | None:
         settings = self.settings
-        optimizer = torch.optim.Adam([{"params": parameters, "peak": factor * rate} for parameters, rate in self.groups], fused=True)
+        groups = [{"params": parameters, "peak": factor * rate} for parameters, rate in self.groups]
+        optimizer = torch.optim.Adam(groups, fused=can_fuse(self.parameters))
         average = [value.clone() for value in self.start] if settings.averaging else None
         before = self.held_out_error()
         best, outcome, first = [value.clone() for value in self.start], Outcome(before, before, 0), 0
@@ -158,6 +163,8 @@ class NetworkTraining:
     def loss(self, images: Tensor) -> Tensor:
         """Return what is minimised for one batch, in float32."""
         settings, (student, teacher) = self.settings, self.steps
+        if settings.compile and self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()  # what the teacher gives lives until the next step, not until the student runs
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
             with torch.no_grad():
                 theirs, wanted = teacher(images)
@@ -165,7 +172,7 @@ class NetworkTraining:
         loss = images.new_zeros(())
         logits = is_logits(mine)
         if logits:
-            loss = loss + settings.temperature**2 * prediction_loss(mine, theirs, settings.temperature)
+            loss = loss + settings.kl_weight * prediction_loss(mine, theirs, settings.temperature)
         features, wanted = list(features), list(wanted)
         if not logits:
             features, wanted = [*features, *tensors(mine)], [*wanted, *tensors(theirs)]
@@ -183,7 +190,7 @@ class NetworkTraining:
         self._mix(0.0)
         mine = self._outputs(self.student, self.held_out)
         if is_logits(mine):
-            return self.settings.temperature**2 * prediction_loss(mine, self.wanted, self.settings.temperature).item()
+            return self.settings.kl_weight * prediction_loss(mine, self.wanted, self.settings.temperature).item()
         return feature_loss(tensors(mine), tensors(self.wanted)).item()
 
     def _outputs(self, graph: GraphModule, images: Tensor) -> Any:
@@ -239,7 +246,7 @@ class NetworkTraining:
                 average[index].copy_(state[f"average.{index}"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 value = state[f"adam.{index}.{key}"]
-                optimizer.state[parameter][key] = value.clone() if key == "step" else torch.empty_like(parameter).copy_(value)
+                optimizer.state[parameter][key] = value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
         return int(step)
 
 

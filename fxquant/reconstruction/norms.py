@@ -13,8 +13,7 @@ NORMS = "folded_norms"
 
 @dataclass(frozen=True)
 class FoldedNorm:
-    """The batch norm that has been folded into a layer: ``y' = factor * y + shift`` of its input y, and the statistics of y; all
-    ``[C]``."""
+    """The batch norm folded into a layer: ``y' = factor * y + shift`` of its input y, and the statistics of y; all ``[C]``."""
 
     mean: Tensor
     deviation: Tensor
@@ -27,10 +26,11 @@ def norm_distance(output: Tensor, norm: FoldedNorm) -> Tensor:
 
     Args:
         output: what the layer with the norm folded in gives, ``[N, C, ...]``.
-        norm: the norm; channels it multiplies by 0 do not count.
+        norm: the norm; channels that it makes all but constant do not count.
     """
     flat = output.flatten(2) if output.ndim > 2 else output.unsqueeze(2)
-    scaled = norm.factor.abs() > 1e-12
+    # Of a channel that is all but a constant the statistics drown in rounding noise, so it does not count.
+    scaled = norm.factor.abs() * norm.deviation > 1e-4 * norm.shift.abs().clamp_min(1e-8)
     factor = torch.where(scaled, norm.factor, 1.0)
     mean = (flat.mean(2) - norm.shift) / factor
     deviation = flat.std(2) / factor.abs() + 1e-6 if flat.shape[2] > 1 else norm.deviation.expand_as(mean)

@@ -75,8 +75,8 @@ def sensitivities(
     """Return for each unit the mean curvature H of the logits' KL along the error that quantizing it alone makes at its output.
 
     ``H = 2 L / mean(d^2)`` with L the KL and d the error; `literal` subtracts ``mean(g d)``, g the gradient of L, from L as published
-    (with the
-    scales as they are there: g is that of a mean over images, so the term is small). Units without layers, and networks without logits: 0.
+    (at the quantized output, and with the scales as they are there: g is that of a mean over images, so the term is small). Units without
+    layers, and networks without logits: 0.
     """
     scores = [0.0] * len(units)
     walk = Walk(teacher, teacher, units, images, store)

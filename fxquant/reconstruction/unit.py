@@ -24,7 +24,10 @@ CHECKED = 256
 """Images on which the error of a unit is measured before and behind."""
 
 WORSE = 1.5
-"""A unit whose error on them grows beyond this factor has diverged."""
+"""A unit whose error on them grows beyond this factor has diverged,"""
+
+TOLERATED = 1e-3
+"""unless it grows by no more than this share of the target's power."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def learn_unit(data: UnitData, settings: Settings, seed: int, show: Show) -> Uni
             return outcome
         finite = learning.run(show)
         behind = learning.error(hard=True) if finite else float("nan")
-        if finite and behind <= WORSE * outcome.before + 1e-12:
+        if finite and behind <= max(WORSE * outcome.before, outcome.before + TOLERATED):
             outcome.behind, outcome.modules = behind, learning.learners.fixed()
             break
         what = f"its error grew from {outcome.before:.3g} to {behind:.3g}" if finite else "its loss was not finite"
@@ -146,7 +149,7 @@ class UnitLearning:
     def run(self, show: Show) -> bool:
         """Learn; say whether all losses that were looked at are finite."""
         settings = self.settings
-        optimizer = torch.optim.Adam(self.groups, fused=True)
+        optimizer = torch.optim.Adam(self.groups, fused=can_fuse(self.parameters))
         self._dropping(settings.drop)
         for step in range(settings.iterations):
             done = step / settings.iterations
@@ -188,7 +191,8 @@ class UnitLearning:
                 outputs = self.outputs(inputs)
             else:  # one pass over both: the mixed input for the reconstruction, the quantized one for the prediction
                 both = self.outputs(tuple(torch.cat(pair) for pair in zip(inputs, quantized, strict=True)))
-                outputs, plain = tuple(value[: len(rows)] for value in both), tuple(value[len(rows) :] for value in both)
+                outputs = tuple(value[: len(rows)] for value in both)
+                plain = tuple(value[len(rows) :].to(target.dtype) for value, target in zip(both, targets, strict=True))
         loss = self._reconstruction([value.to(target) for value, target in zip(outputs, targets, strict=True)], targets, rows)
         if data.suffix is not None:
             assert data.logits is not None
@@ -208,13 +212,14 @@ class UnitLearning:
     def _reconstruction(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], rows: Tensor) -> Tensor:
         settings = self.settings
         if self.data.gradients is None:
-            losses = [channel_loss(out, target, settings.p) for out, target in zip(outputs, targets, strict=True)]
+            measured = zip(outputs, targets, self.data.visit.axes, strict=True)
+            losses = [channel_loss(out, target, settings.p, axis=axis) for out, target, axis in measured]
         else:
-            measured = zip(outputs, targets, self.data.gradients(rows), strict=True)
+            weighted = zip(outputs, targets, self.data.gradients(rows), self.data.visit.axes, strict=True)
             if settings.fisher == "full":
-                losses = [full_fisher_loss(out, target, gradient) for out, target, gradient in measured]
+                losses = [full_fisher_loss(out, target, gradient) for out, target, gradient, _ in weighted]
             else:
-                losses = [channel_loss(out, target, 2, gradient.square()) for out, target, gradient in measured]
+                losses = [channel_loss(out, target, 2, gradient.square(), axis) for out, target, gradient, axis in weighted]
         return torch.stack(losses).sum()
 
     @torch.no_grad()
@@ -234,6 +239,11 @@ class UnitLearning:
     def _dropping(self, drop: float) -> None:
         for quantizer in self.learners.activations.values():
             quantizer.drop = drop
+
+
+def can_fuse(parameters: Sequence[Tensor]) -> bool:
+    """Say whether Adam has a fused step where these are."""
+    return all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
 
 
 def _learned(values: Iterable[Tensor]) -> list[nn.Parameter]:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxquant.execution import copied_bytes_per_image
+from fxquant.kinds import kind
 from fxquant.recipe import Recipe
 from fxquant.reconstruction.learners import Learners, without_gradients
 from fxquant.reconstruction.store import Store
@@ -23,6 +24,9 @@ from fxquant.units import Unit, extract, on_student
 
 BATCH = 64
 """Images in a forward pass that fills the cache."""
+
+MOVES = ("input", "view", "getitem", "getattr", "size", "matmul", "attention", "other", "constant", "mean")
+"""Kinds of nodes behind which the channels may be on another axis than in front."""
 
 
 @dataclass
@@ -34,22 +38,44 @@ class Visit:
     teacher: GraphModule
     student: GraphModule
     store: Store
+    shared: frozenset[str] = frozenset()
+    """Names that are the same on both sides: the images."""
+    activations: bool = True
+    """Whether the student's activations are quantized."""
+
+    @property
+    def axes(self) -> tuple[int | None, ...]:
+        """The axis of the channels of each output, None where the graph does not tell."""
+        returned = next(node for node in self.teacher.graph.nodes if node.op == "output").args[0]
+        return tuple(channel_axis(node) for node in (returned if isinstance(returned, tuple) else (returned,)))
 
     def floats(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Return rows of the inputs in the float network."""
-        return tuple(self.store.rows(key(name, "float", self.student_free), rows) for name in self.unit.inputs)
+        return tuple(self.store.rows(key(name, "float", self.shared), rows) for name in self.unit.inputs)
 
     def quantized(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Return rows of the inputs behind what has been quantized so far."""
-        return tuple(self.store.rows(key(name, "student", self.student_free), rows) for name in self.unit.inputs)
+        return tuple(self.store.rows(key(name, "student", self.shared), rows) for name in self.unit.inputs)
 
     def targets(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Return rows of the outputs of the float unit."""
-        return tuple(self.store.rows(key(name, "float", self.student_free), rows) for name in self.unit.outputs)
+        return tuple(self.store.rows(key(name, "float", self.shared), rows) for name in self.unit.outputs)
 
-    activations: bool = True
-    student_free: frozenset[str] = frozenset()
-    """Names that are the same on both sides: the images."""
+
+def channel_axis(node: Node) -> int | None:
+    """Return the axis of the channels of a node's value, as the layer says that it comes from through elementwise operations; else None."""
+    todo, seen = [node], set[Node]()
+    while todo:
+        node = todo.pop(0)
+        word = kind(node)
+        if word in ("linear", "layer_norm"):
+            return -1
+        if word in ("conv", "conv_transpose", "batch_norm", "group_norm"):
+            return 1
+        if word not in MOVES:
+            todo += [parent for parent in node.all_input_nodes if parent not in seen]
+        seen.add(node)
+    return None
 
 
 def key(name: str, side: str, shared: frozenset[str]) -> str:
@@ -93,7 +119,7 @@ class Walk:
             self._fill(teacher, unit, "float")
             if unit.layers:
                 student = extract(self.student, on_student(unit, self.student))
-                yield Visit(index, unit, teacher, student, self.store, self.activations, self.shared)
+                yield Visit(index, unit, teacher, student, self.store, self.shared, self.activations)
             if any(name in self.last for name in unit.outputs):
                 quantized = extract(self.student, on_student(unit, self.student))
                 self._fill(Learners(quantized, None, None, float_activations=not self.activations).graph, unit, "student")

@@ -162,14 +162,12 @@ def test_saving_changes_nothing(folder):
         assert torch.equal(tensors[name], value)
 
 
-def test_without_resume_nothing_is_loaded(folder):
+def test_without_resume_what_is_there_is_not_replaced(folder):
     begun(folder)
-    again = Checkpoints(folder, identity(network="other"), resume=False)
-    assert again.load() is None
-    check_there(folder)  # until the first save
-    again.save({}, {})
-    with pytest.raises(CheckpointError, match="the network differs"):
-        Checkpoints(folder, identity(), resume=True)
+    with pytest.raises(CheckpointError, match=r"there is a checkpoint already.* Go on from it with resume="):
+        Checkpoints(folder, identity(network="other"), resume=False)
+    check_there(folder)
+    assert Checkpoints(folder.parent / "new", identity(), resume=False).load() is None
 
 
 def test_nothing_is_pickled(folder):
@@ -352,7 +350,8 @@ def test_the_message_names_the_folder(tmp_path):
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_that_takes_no_file(folder, monkeypatch, resume):
-    begun(folder)
+    if resume:
+        begun(folder)
     monkeypatch.setattr(module.tempfile, "TemporaryFile", failing(PermissionError(errno.EACCES, os.strerror(errno.EACCES))))
     with pytest.raises(CheckpointError, match=r"one: no checkpoint can be written there: Permission denied"):
         Checkpoints(folder, identity(), resume)
@@ -399,7 +398,7 @@ def test_the_file_goes_away_before_it_is_loaded(folder):
 def test_another_run(folder, part, said):
     begun(folder, **{part: "w"})
     content = (folder / FILE).read_bytes()
-    with pytest.raises(CheckpointError, match=f"is of another run: {said} Or begin anew without resume, which replaces it") as caught:
+    with pytest.raises(CheckpointError, match=f"is of another run: {said} Or delete it and begin anew without resume") as caught:
         Checkpoints(folder, identity(), resume=True)
     assert str(caught.value).startswith(f"{folder / FILE}: ")
     assert (folder / FILE).read_bytes() == content
@@ -446,7 +445,7 @@ def test_truncated(folder, share):
     begun(folder)
     content = (folder / FILE).read_bytes()
     (folder / FILE).write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(CheckpointError, match=r"is damaged, truncated, or no checkpoint \(.+\). Begin anew without resume"):
+    with pytest.raises(CheckpointError, match=r"is damaged, truncated, or no checkpoint \(.+\). Delete it and begin anew without resume"):
         Checkpoints(folder, identity(), resume=True)
 
 

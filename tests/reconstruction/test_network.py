@@ -21,7 +21,7 @@ COUNT = 20
 X = images(COUNT)
 HELD = torch.tensor([0, 5, 10, 15])
 PLAIN = Settings(
-    iterations=10, warmup=0.1, temperature=2.0, feature_weight=0.5, penalty=0.0, mix=0.0, mix_until=0.6, checks=5, averaging=0.0,
+    iterations=10, warmup=0.1, temperature=2.0, kl_weight=4.0, feature_weight=0.5, mix=0.0, mix_until=0.6, checks=5, averaging=0.0,
     precision="float32",
 )  # fmt: skip
 RATES = {"latent": 0.02, "weight scales": 1e-3, "activation scales": 1e-3, "biases": 1e-3, "zero points": 0.0}
@@ -78,7 +78,7 @@ def test_the_loss_is_the_formula(nets):
     pull = sum((p - start).square().sum() for p, start in zip(training.parameters, training.start, strict=True))
     expected = 4 * kl(theirs, mine, 2.0) + 0.5 * ratio + 0.3 * pull
     torch.testing.assert_close(training.loss(x), expected, rtol=1e-4, atol=1e-5)
-    plain = training_of(nets, replace(PLAIN, feature_weight=0.0, temperature=1.0))
+    plain = training_of(nets, replace(PLAIN, feature_weight=0.0, temperature=1.0, kl_weight=1.0))
     torch.testing.assert_close(plain.loss(x), kl(nets[0](x), nets[1](x)), rtol=1e-4, atol=1e-5)
 
 
