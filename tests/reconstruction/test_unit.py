@@ -342,3 +342,13 @@ def test_the_error_before_is_that_of_nearest_rounding():
     got = next(value for node, value in alone.env.items() if node.name == f"activations_{name}")
     target = visit.targets(torch.arange(COUNT))[0]
     assert before == pytest.approx(((got - target).square().sum() / target.square().sum()).item(), rel=1e-5)
+
+
+def test_the_suffix_takes_what_autocast_gives():
+    """The rest of the network is float32; what leaves the unit under autocast is bfloat16."""
+    teacher, student = pair("residual", 2, 3)
+    walk = walk_over(teacher, student, images(COUNT))
+    visit = visit_to(walk, "layers.0.conv1")
+    data = UnitData(visit, COUNT, suffix=suffix_of(walk, visit.index), logits=torch.randn(COUNT, 5))
+    loss = UnitLearning(data, replace(PLAIN, kl_weight=1.0, precision="bfloat16"), 0).loss(ROWS, 0.0)
+    assert loss.dtype == torch.float32 and torch.isfinite(loss)

@@ -7,21 +7,22 @@ from functools import cache
 
 import pytest
 import torch
-from nets import NETS, images
+from nets import NETS, Net, head, images, prepared, traced
 from test_learners import CPU, nudge, pair, soft
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
 
 from fxquant.errors import ConfigError
 from fxquant.execution import bytes_per_image
-from fxquant.graph import called, fork
+from fxquant.graph import called, fork, is_tensor
+from fxquant.kinds import kind
 from fxquant.passes import ReconstructUnits
 from fxquant.quantizers.layers import QuantizedLayer
 from fxquant.recipe import Recipe
 from fxquant.reconstruction import walk as module
 from fxquant.reconstruction.learners import Learners, put_modules
 from fxquant.reconstruction.store import Store
-from fxquant.reconstruction.walk import BATCH, Visit, Walk, cache_of, peak_need
+from fxquant.reconstruction.walk import BATCH, Visit, Walk, cache_of, channel_axis, peak_need
 from fxquant.units import Unit, cut
 
 COUNT = BATCH + 6
@@ -468,3 +469,24 @@ def test_two_devices(which):
     with pytest.raises(ConfigError) as caught:
         step(student)
     assert "'meta'" in str(caught.value) and "'cpu'" in str(caught.value)
+
+
+def channels_last_block() -> nn.Module:
+    def body(s, x):
+        x = s.stem(x).permute(0, 2, 3, 1)
+        return s.fc((x + s.linear(x)).permute(0, 3, 1, 2))
+
+    return Net(body, stem=nn.Conv2d(3, 6, 3), linear=nn.Linear(6, 6), fc=head(6))
+
+
+@pytest.mark.parametrize(("net", "axes"), [("residual", {1, -1}), ("attention", {-1, 1}), (channels_last_block, {1, -1})])
+def test_the_axis_of_channels_is_that_of_the_layer(net, axes):
+    """Channels come last behind linear layers, whatever the number of dimensions (Swin holds [N, H, W, C])."""
+    teacher = prepared(net if isinstance(net, str) else traced(net()))
+    found = {node.name: channel_axis(node) for node in teacher.graph.nodes if is_tensor(node)}
+    for node in teacher.graph.nodes:
+        if node.op == "call_module" and kind(node) in ("conv", "linear"):
+            assert found[node.name] == (1 if kind(node) == "conv" else -1)
+    assert axes <= set(found.values())
+    if net is channels_last_block:
+        assert next(found[node.name] for node in teacher.graph.nodes if kind(node) == "add") == -1
