@@ -115,7 +115,7 @@ def test_a_record_is_complete_without_times(quantized):
 def test_the_record_counts_the_images_that_biases_were_corrected_on(net, images):
     record = fxquant.report(fxquant.quantize(net, images, cat=False, recipe="fast", progress=False)).record
     assert {log.name: log for log in record.passes}["correct_bias"].notes == ["moments over 64 images"]
-    few = fxquant.Recipe.STANDARD.replace(bias_images=20)
+    few = fxquant.Recipe.FAST.replace(bias_images=20)
     record = fxquant.report(fxquant.quantize(net, images, cat=False, progress=False, recipe=few)).record
     assert {log.name: log for log in record.passes}["correct_bias"].notes == ["moments over 20 images"]
 
