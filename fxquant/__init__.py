@@ -4,11 +4,15 @@ qmodel = fxquant.quantize(model, calib_loader, w=2, a=2, cat=True)
 """
 
 from fxquant.correction import append_cat
+from fxquant.deploy.compiled import compile
+from fxquant.deploy.onnx_export import export_onnx
+from fxquant.deploy.pt2 import export_pt2
 from fxquant.errors import (
     CalibrationError,
     CATError,
     CheckpointError,
     ConfigError,
+    ExportError,
     FxquantError,
     FxquantWarning,
     ModelError,
@@ -16,6 +20,7 @@ from fxquant.errors import (
     StorageError,
     TraceError,
 )
+from fxquant.lower import lower
 from fxquant.quantize import quantize
 from fxquant.recipe import Recipe
 from fxquant.reporting import Report, report
@@ -29,6 +34,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
+    "ExportError",
     "FxquantError",
     "FxquantWarning",
     "ModelError",
@@ -38,7 +44,11 @@ __all__ = [
     "StorageError",
     "TraceError",
     "append_cat",
+    "compile",
+    "export_onnx",
+    "export_pt2",
     "load",
+    "lower",
     "quantize",
     "report",
     "save",

@@ -17,7 +17,8 @@ def weight_quantizers(recipe: Recipe) -> Callable[[LayerPlan, nn.Module], Unifor
 
     def make(plan: LayerPlan, layer: nn.Module) -> UniformQuantizer:
         assert plan.w is not None and isinstance(layer.weight, Tensor)
-        spec = weight_spec(layer, plan.w, recipe.weight_symmetric)
+        # Integer units multiply signed bytes: 8 bits less a zero-point would not fit one, and gain nothing; 7 bits less a zero-point do.
+        spec = weight_spec(layer, plan.w, recipe.weight_symmetric or plan.w == 8)
         return weight_quantizer(layer.weight, spec, recipe.weight_range, where=plan.name, p=recipe.weight_p, percentile=recipe.percentile)
 
     return make

@@ -1,4 +1,7 @@
-"""The command line: fxquant demo | quantize | evaluate | report. Thin: every command reads its arguments and calls the library."""
+"""The command line: fxquant demo | quantize | evaluate | report | export | bench.
+
+Thin: every command reads its arguments and calls the library.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 import fxquant
-from fxquant import demo
+from fxquant import cli_deploy, demo
 from fxquant.console import Narrator
 from fxquant.correction import logits_of
 from fxquant.errors import ConfigError, FxquantError, FxquantWarning
@@ -37,6 +40,8 @@ EXAMPLES = """examples:
   fxquant quantize --model timm:resnet10t --weights r10t.safetensors --data photos/train --out r10t-w4.safetensors --w 4 --a 4 --no-cat
   fxquant evaluate resnet18-w2.safetensors --model resnet18 --data photos/val --float-weights resnet18.pth
   fxquant report resnet18-w2.safetensors --model resnet18
+  fxquant export resnet18-w2.safetensors --model resnet18 --onnx resnet18-w2.onnx
+  fxquant bench resnet18-w2.safetensors --model resnet18 --batches 1 8 32 --plot latency.png
 """
 
 
@@ -144,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--quiet", action="store_true", help="results only, no progress")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     named = argparse.ArgumentParser(add_help=False)
-    named.add_argument("--model", required=True, metavar="NAME", help="network of torchvision or timm: resnet18, timm:resnet10t")
+    named.add_argument("--model", "--arch", required=True, metavar="NAME", help="network of torchvision or timm: resnet18, timm:resnet10t")
     named.add_argument("--library", choices=LIBRARIES, help="where to look the name up (default: torchvision, then timm)")
     named.add_argument("--num-classes", type=int, metavar="N", help="classes of the network (default: as published)")
     data = argparse.ArgumentParser(add_help=False)
@@ -190,6 +195,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("report", parents=[named, common], help="show what was done to each layer")
     command.add_argument("file", metavar="FILE", help="what fxquant quantize wrote")
     command.set_defaults(run=run_report)
+    cli_deploy.add_commands(commands, named, common)
     return top
 
 

@@ -65,6 +65,10 @@ class CheckpointError(FxquantError):
     """A checkpoint is missing, damaged, of another run, or cannot be written; names what differs."""
 
 
+class ExportError(FxquantError):
+    """A network cannot be written in another format, or what was written does not compute the same; no file is left."""
+
+
 class PassError(FxquantError):
     """Passes in an order that cannot work, or a pass that left a broken graph behind."""
 

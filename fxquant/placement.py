@@ -7,7 +7,7 @@ residual branches too, reads the quantized value:
     conv1 -> bn -> relu -[q]-+-> conv2 -> bn -> add -> relu -[q]-> pool -> fc
                              '--------------------^
 
-The network's input is not quantized, nor is its output, a bias, or a sum that only feeds another sum.
+The network's input is not quantized (but with ``edges="integer"``), nor is its output, a bias, or a sum that only feeds another sum.
 On ResNet, MobileNetV2, RegNetX and MNasNet this is the placement of PD-Quant, QDrop and BRECQ.
 """
 
@@ -30,6 +30,7 @@ EDGES = {
     "brecq": "first and last weights, the last layer's input and the first layer's output at 8 bits",
     "same": "first and last layers like all others",
     "float": "first and last layers not quantized",
+    "integer": "first and last weights, the last layer's input and the images at 8 bits, so that the first layer runs on integers too",
 }
 
 _MOVES_VALUES = {"view", "getitem", "pad", "max_pool"}
@@ -112,7 +113,7 @@ def place(
     for name, changes in _matched(overrides or {}, list(ops)):
         bits[name] = {**bits[name], **changes}
     plan = Plan()
-    read = _place_tensors(plan, ops, {name: wanted["a"] for name, wanted in bits.items()})
+    read = _place_tensors(plan, ops, {name: wanted["a"] for name, wanted in bits.items()}, images=edges == "integer")
     for name, node in ops.items():
         edge = ", ".join(word for word, members in (("first", first), ("last", last)) if node in members)
         plan.layers[name] = LayerPlan(name, kind(node), bits[name]["w"] if kind(node) in WEIGHTED else None, read.get(name), edge)
@@ -168,11 +169,11 @@ def _is_quantized_op(node: Node) -> bool:
     return kind(node) in QUANTIZED and (node.op == "call_module" or kind(node) not in WEIGHTED)
 
 
-def _place_tensors(plan: Plan, ops: Mapping[str, Node], wanted: Mapping[str, int | None]) -> dict[str, int]:
+def _place_tensors(plan: Plan, ops: Mapping[str, Node], wanted: Mapping[str, int | None], images: bool) -> dict[str, int]:
     """Add the tensors that the quantized ops read to `plan`; return the bits that each op gets to read."""
     readers: dict[Node, list[str]] = {}
     for name, node in ops.items():
-        for made_by in _made_by(node):
+        for made_by in _made_by(node, images):
             if name not in readers.setdefault(made_by, []):
                 readers[made_by].append(name)
     read: dict[str, int] = {}
@@ -185,10 +186,11 @@ def _place_tensors(plan: Plan, ops: Mapping[str, Node], wanted: Mapping[str, int
     return read
 
 
-def _made_by(node: Node) -> list[Node]:
-    """Return the nodes that made what a quantized op reads, where those are floats computed from the network's input."""
+def _made_by(node: Node, images: bool = False) -> list[Node]:
+    """Return the nodes that made what a quantized op reads, where those are floats computed from the network's input, or (`images`) it."""
     sources = [source(operand) for operand in operands(node)]
-    return [s for s in sources if kind(s) not in ("input", "constant") and is_tensor(s) and s.meta["val"].is_floating_point()]
+    other = ("constant",) if images else ("input", "constant")
+    return [s for s in sources if kind(s) not in other and is_tensor(s) and s.meta["val"].is_floating_point()]
 
 
 def _nearest_weights(node: Node) -> set[Node]:
@@ -233,10 +235,10 @@ def _bits_of(node: Node, w: int | None, a: int | None, edges: str, first: set[No
     at_edge = node in first or node in last
     if edges == "float" and at_edge:
         return {"w": None, "a": None}
-    if edges in ("8bit", "brecq"):
+    if edges in ("8bit", "brecq", "integer"):
         reads_stem = edges == "brecq" and any(layers and layers <= first for layers in map(_nearest_weights, _made_by(node)))
         w = 8 if w is not None and at_edge else w
-        a = 8 if a is not None and (node in last or reads_stem) else a
+        a = 8 if a is not None and (node in last or reads_stem or (edges == "integer" and node in first)) else a
     return {"w": w, "a": a}
 
 

@@ -48,7 +48,7 @@ class Recipe:
     weight_p: float = 2.4
     """Exponent of the L_p search for weights (LAPQ; 2.4 as in BRECQ, QDrop and PD-Quant)."""
     weight_symmetric: bool = False
-    """Signed weights with zero-point 0 instead of a zero-point per channel."""
+    """Signed weights with zero-point 0 instead of a zero-point per channel; those of 8 bits always are, to fit signed bytes."""
     activation_range: str = "lp"
     """Range estimator of activations, per tensor."""
     activation_p: float = 2.4

@@ -60,6 +60,8 @@ class Record:
     graph: list[str] = field(default_factory=list)
     """Fingerprint of the float graph that was quantized (`fxquant.graph.fingerprint`)."""
     torch_version: str = torch.__version__
+    lowered: str = ""
+    """The backend whose integers the network computes on; a simulation has none."""
 
     @classmethod
     def of(cls, recipe: Recipe, plan: Plan, edges: str, seed: int, batches: Sequence[Tensor], teacher: GraphModule) -> Record:
@@ -72,17 +74,27 @@ class Record:
         gm.meta[META_KEY] = self
 
     @staticmethod
-    def from_module(model: nn.Module) -> Record:
+    def from_module(model: nn.Module, lowered: bool = False) -> Record:
         """Return the record of a quantized network.
 
+        Args:
+            model: the network.
+            lowered: take one that was lowered to integers, too.
+
         Raises:
-            ModelError: the network was not made by fxquant.
+            ModelError: the network was not made by fxquant, or is lowered.
         """
         model = unwrap(model) if isinstance(model, nn.Module) else model
         record = getattr(model, "meta", {}).get(META_KEY) if isinstance(model, GraphModule) else None
         if not isinstance(record, Record):
             raise ModelError(
                 "carries no record of a quantization", where=type(model).__name__, fix="Pass what fxquant.quantize or fxquant.load returned"
+            )
+        if record.lowered and not lowered:
+            raise ModelError(
+                f"is lowered to integers (backend {record.lowered!r})",
+                where=type(model).__name__,
+                fix="Pass the simulation that it was lowered from",
             )
         return record
 

@@ -71,9 +71,9 @@ def report(qmodel: nn.Module) -> Report:
     """Return what was done to a quantized network; ``print(fxquant.report(qmodel))`` shows it as tables.
 
     Raises:
-        ModelError: `qmodel` is not what `fxquant.quantize` or `fxquant.load` returned.
+        ModelError: `qmodel` is not what `fxquant.quantize`, `fxquant.load` or `fxquant.lower` returned.
     """
-    return Report(Record.from_module(qmodel))
+    return Report(Record.from_module(qmodel, lowered=True))
 
 
 def _cells(row: LayerRow) -> tuple[str, ...]:

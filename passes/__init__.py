@@ -8,6 +8,7 @@ from fxquant.passes.fold_batch_norm import FoldBatchNorm
 from fxquant.passes.freeze import Freeze
 from fxquant.passes.insert_fake_quant import InsertFakeQuant
 from fxquant.passes.insert_observers import InsertObservers
+from fxquant.passes.lower_integer import LowerInteger
 from fxquant.passes.modularize_weights import ModularizeWeights
 from fxquant.passes.reconstruct_units import ReconstructUnits
 from fxquant.passes.split_norm_act import SplitNormAct
@@ -30,6 +31,7 @@ __all__ = [
     "Freeze",
     "InsertFakeQuant",
     "InsertObservers",
+    "LowerInteger",
     "ModularizeWeights",
     "ReconstructUnits",
     "SplitNormAct",

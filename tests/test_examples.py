@@ -77,6 +77,15 @@ def test_benchmark_resnet18() -> None:
     assert "weight ranges" in done.stdout
 
 
+@pytest.mark.slow
+def test_deploy() -> None:
+    pytest.importorskip("sklearn")
+    done = run("08_deploy.py", "--epochs", "2", "--most", "2", "--requests", "50", "--clients", "4")
+    assert done.returncode == 0, done.stderr
+    assert "same class 100%" in done.stdout
+    assert "50 images in" in done.stdout and "latency p50" in done.stdout
+
+
 def test_reconstruction_on_a_network_of_ones_own(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "zoo.py").write_text(ZOO)

@@ -216,7 +216,7 @@ def test_a_tensor_with_several_readers_gets_the_most_bits():
         ({"a": True}, "^a: True bits"),
         ({"a": 2.5}, "^a: 2.5 bits"),
         ({"a": "4"}, "^a: '4' bits"),
-        ({"edges": "8bits"}, "^edges: '8bits' is no rule. Use one of '8bit', 'brecq', 'same', 'float'; did you mean '8bit'\\?$"),
+        ({"edges": "8bits"}, "^edges: '8bits' is no rule. Use one of '8bit', 'brecq', 'same', 'float', 'integer'; did you mean '8bit'\\?$"),
         ({"edges": ["8bit"]}, r"^edges: \['8bit'\] is no rule. Use one of '8bit', 'brecq', 'same', 'float'"),
         ({"overrides": ["layers.1.conv1"]}, r'^overrides: is a list. Write a dict such as {"layer4.\*": {"w": 4}}.$'),
         (
@@ -369,3 +369,14 @@ def test_the_given_graph_is_only_read():
     place(gm, 2, 2, overrides={"*": {"w": 4}})
     assert (str(gm.graph), gm.code) == before
     assert torch.equal(out, gm(images()))
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "mobile", "attention"])
+def test_integer_edges_quantize_the_images(name):
+    gm = prepared(name)
+    plan, usual = place(gm, 2, 3, "integer"), place(gm, 2, 3)
+    (images,) = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    assert plan.tensors[images].bits == 8
+    assert {node: tensor for node, tensor in plan.tensors.items() if node != images} == usual.tensors
+    assert {layer.a for layer in plan.layers.values() if "first" in layer.edge} == {8}
+    assert images not in place(gm, 2, None, "integer").tensors

@@ -112,7 +112,7 @@ def test_bit_widths(net, make_net, images, path, w, a):
     check_round_trip(quantize(net, images, w, a, edges="same"), path, make_net(seed=1), images)
 
 
-@pytest.mark.parametrize("edges", ["8bit", "brecq", "same", "float"])
+@pytest.mark.parametrize("edges", ["8bit", "brecq", "same", "float", "integer"])
 def test_edges(net, make_net, images, path, edges):
     check_round_trip(quantize(net, images, edges=edges), path, make_net(seed=1), images)
 

@@ -145,7 +145,7 @@ class WeightLearner(_Learned):
 
     def codes(self) -> Tensor:
         """Return the integers, as floats in ``qmin..qmax``, that the learned weight has when training ends."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no codes")
 
     def weight(self) -> Tensor:
         """Return the quantized weight that stays."""

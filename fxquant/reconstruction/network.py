@@ -185,8 +185,8 @@ class NetworkTraining:
 
     @torch.no_grad()
     def held_out_error(self) -> float:
-        """Return the KL to the float network on the held-out images, all quantizers hard (the normalised error where there are no
-        logits)."""
+        """Return the first term of the loss on the held-out images, all quantizers hard: ``T^2 KL`` to the float network at temperature T;
+        where there are no logits, the normalised error of the outputs."""
         self._mix(0.0)
         mine = self._outputs(self.student, self.held_out)
         if is_logits(mine):

@@ -93,7 +93,7 @@ class UnitOutcome:
 
 def learn_unit(data: UnitData, settings: Settings, seed: int, show: Show) -> UnitOutcome:
     """Return the modules of a unit as learned; a unit that diverges is tried again at a tenth of the rates, and then left as it was."""
-    factor, notes = 1.0, []
+    notes: list[str] = []
     outcome = UnitOutcome(data.visit.unit.name, 0.0, 0.0)
     for factor in (1.0, 0.1):
         learning = UnitLearning(data, settings, seed, factor)

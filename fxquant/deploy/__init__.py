@@ -1,0 +1,1 @@
+"""Quantized networks as integers: execution, ONNX with low-bit types, torch.export."""

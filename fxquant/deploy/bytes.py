@@ -1,0 +1,73 @@
+"""Where a lowered graph enters the bytes and leaves them; plain ops, which a compiler fuses with what is around."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxquant.deploy.integers import Grid
+
+
+class Quantize(nn.Module):
+    """Float tensors to bytes on `grid`: ``clamp(round(x / s) + z, low, high)``, as the simulation rounds."""
+
+    scale: Tensor
+
+    def __init__(self, grid: Grid):
+        super().__init__()
+        self.grid = grid
+        self.register_buffer("scale", torch.tensor(grid.scale, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the bytes, uint8, of the shape of x."""
+        grid = self.grid
+        return ((x / self.scale).round() + grid.zero_point).clamp(grid.low, grid.high).to(torch.uint8)
+
+    def extra_repr(self) -> str:
+        return str(self.grid)
+
+
+class Dequantize(nn.Module):
+    """Bytes to the float32 values that they stand for: ``(byte - z) * s``."""
+
+    scale: Tensor
+
+    def __init__(self, grid: Grid):
+        super().__init__()
+        self.grid = grid
+        self.register_buffer("scale", torch.tensor(grid.scale, dtype=torch.float32))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Return float32 of the shape of the bytes."""
+        return (codes.float() - self.grid.zero_point) * self.scale
+
+    def extra_repr(self) -> str:
+        return str(self.grid)
+
+
+class ByteMaxPool2d(nn.MaxPool2d):
+    """Max pooling of bytes. Eager mode has none for maps of bytes in channels-last order, so there they are pooled as floats."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(input)
+        return super().forward(input.float()).to(torch.uint8)
+
+
+class BytePad(nn.Module):
+    """Padding with the byte that stands for the real number 0."""
+
+    def __init__(self, padding: tuple[int, ...], grid: Grid):
+        super().__init__()
+        self.padding, self.zero_point = padding, grid.zero_point
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return F.pad(codes, self.padding, value=self.zero_point)
+
+
+class ToFloat32(nn.Module):
+    """The network's input in float32, which everything behind it was made for; half precision images are taken as well."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float()

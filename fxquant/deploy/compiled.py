@@ -1,0 +1,50 @@
+"""torch.compile with what integer layers need from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch._inductor.config as inductor
+from torch import Tensor, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph
+
+from fxquant.deploy.cpu import add_in_place
+
+
+class _AddInPlace(CustomGraphPass):
+    def __call__(self, graph: Graph) -> None:
+        add_in_place(graph)
+
+    def uuid(self) -> str:
+        return "fxquant add_in_place 1"
+
+
+class CompiledNetwork(nn.Module):
+    """A network behind ``torch.compile``, without gradients, its weights taken as constants.
+
+    Packed weights must be constants of the compiled graph, which is what inductor calls freezing; it also packs the float layers that are
+    left. It compiles at the first call, for any batch size above one, and once more for one image; a float convolution without stride makes
+    torch tell batches of 16 and more apart.
+
+    Attributes:
+        network: what was compiled.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self._run = torch.compile(network, fullgraph=True)
+
+    def forward(self, images: Tensor) -> Any:
+        """Return what the network gives for ``images [N, C, H, W]``."""
+        if images.shape[0] > 1:
+            torch._dynamo.maybe_mark_dynamic(images, 0)
+        with torch.no_grad(), inductor.patch(freezing=True, cpp_wrapper=True, post_grad_custom_post_pass=_AddInPlace()):
+            return self._run(images)
+
+
+def compile(network: nn.Module) -> CompiledNetwork:
+    """Return `network` compiled for inference: a lowered one, a simulation or a float one."""
+    return CompiledNetwork(network)

@@ -1,0 +1,97 @@
+"""How long networks take: in turns, because the clock of a busy machine drifts, and behind a warm-up, because the first calls compile."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch._inductor.config as inductor
+from torch import Tensor, nn
+
+WARM_UP = 3
+"""Calls before the clock starts: the first compiles, the others fill caches."""
+
+
+def latencies(networks: Mapping[str, Callable[[Tensor], Any]], images: Tensor, rounds: int) -> dict[str, float]:
+    """Return the median milliseconds of every network on `images`, all networks called once a round.
+
+    Args:
+        networks: what to call, by name.
+        images: one batch, the same for all.
+        rounds: calls of each that are timed, behind `WARM_UP` that are not.
+    """
+    times: dict[str, list[float]] = {name: [] for name in networks}
+    with torch.no_grad():
+        for network in networks.values():
+            for _ in range(WARM_UP):
+                network(images)
+        for _ in range(rounds):
+            for name, network in networks.items():
+                start = time.perf_counter()
+                network(images)
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+class InBFloat16(nn.Module):
+    """A copy of a float network that computes in bfloat16, between float32 images and float32 logits."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = copy.deepcopy(model).bfloat16()
+
+    def forward(self, images: Tensor) -> Any:
+        """Return what the network gives for ``images [N, C, H, W]``."""
+        outputs = self.model(images.bfloat16())
+        return outputs.float() if isinstance(outputs, Tensor) else outputs
+
+
+def frozen(network: nn.Module) -> Callable[[Tensor], Any]:
+    """Return `network` compiled as well as torch does it, for the one batch size of the first call: what others are measured by."""
+    compiled = torch.compile(network, fullgraph=True)
+
+    def run(images: Tensor) -> Any:
+        with torch.no_grad(), inductor.patch(freezing=True, cpp_wrapper=True):
+            return compiled(images)
+
+    return run
+
+
+def variants(model: nn.Module, simulated: nn.Module, lowered: nn.Module) -> dict[str, Callable[[Tensor], Any]]:
+    """Return a network in every form that is worth a comparison, by name; all but the first compile at their first call.
+
+    Float networks get graphs for one batch size, so make all of them anew for another one, with `torch.compiler.reset` in between.
+
+    Args:
+        model: the float network.
+        simulated: what `fxquant.quantize` or `fxquant.load` made of it.
+        lowered: what `fxquant.lower` made of that.
+    """
+    from fxquant.deploy.compiled import compile
+
+    floats = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    return {
+        "float32, eager": model,
+        "float32, compiled": frozen(floats),
+        "bfloat16, compiled": frozen(InBFloat16(floats)),
+        "simulated, compiled": compile(simulated),
+        "lowered, compiled": compile(lowered),
+    }
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run torch on `count` threads inside the block, and let nothing that was compiled for another number be used there."""
+    before = torch.get_num_threads()
+    torch.compiler.reset()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch.compiler.reset()

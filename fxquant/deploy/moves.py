@@ -1,0 +1,129 @@
+"""What a lowered graph needs to know of the operations between layers: which only move values, which cut them, which add two tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxquant.deploy.bytes import ByteMaxPool2d, BytePad
+from fxquant.deploy.integers import Grid
+from fxquant.graph import argument, free_path, is_tensor, module_of, put_module
+from fxquant.kinds import kind
+from fxquant.placement import is_global_pool
+
+_NOT_FOR_BYTES = (nn.ChannelShuffle, nn.PixelUnshuffle, torch.channel_shuffle, F.pixel_unshuffle)
+"""Views that torch does not have for bytes."""
+
+
+def carried_grids(gm: GraphModule, grids: Mapping[Node, Grid]) -> dict[Node, Grid]:
+    """Return the grid of every node whose values are on one: the quantizers given, and all that only moves their values."""
+    carried = dict(grids)
+    for node in gm.graph.nodes:
+        if node not in carried and _moves_bytes(node) and node.all_input_nodes[0] in carried:
+            carried[node] = carried[node.all_input_nodes[0]]
+    return carried
+
+
+def _moves_bytes(node: Node) -> bool:
+    """Say whether `node` moves the values of its first input without changing them, and can do so with bytes."""
+    word = kind(node)
+    target = type(module_of(node)) if node.op == "call_module" else node.target
+    if target in _NOT_FOR_BYTES or not node.all_input_nodes:
+        return False
+    pool, padding = word == "max_pool" and _max_pool(node) is not None, word == "pad" and _zero_padding(node) is not None
+    return word in ("view", "getitem") or pool or padding
+
+
+def _max_pool(node: Node) -> ByteMaxPool2d | None:
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    if node.op == "call_module":
+        module = module_of(node)
+        if type(module) is not nn.MaxPool2d:
+            return None
+        given = {name: getattr(module, name) for name in names}
+    elif node.target in (F.max_pool2d, torch.max_pool2d) and len(node.all_input_nodes) == 1:
+        defaults = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
+        given = {name: argument(node, place + 1, name, defaults.get(name)) for place, name in enumerate(names)}
+    else:
+        return None
+    return None if given["return_indices"] else ByteMaxPool2d(**given)
+
+
+def _zero_padding(node: Node) -> tuple[int, ...] | None:
+    if node.op == "call_module":
+        module = module_of(node)
+        padding: Any = module.padding
+        mode, value = "constant", getattr(module, "value", 0)
+    else:
+        padding, mode = argument(node, 1, "pad"), argument(node, 2, "mode", "constant")
+        value = argument(node, 3, "value", 0)
+    static = isinstance(padding, list | tuple) and all(isinstance(side, int) for side in padding)
+    return tuple(padding) if static and mode == "constant" and not value else None
+
+
+def copy_on_bytes(gm: GraphModule, node: Node, codes: Mapping[Node, Node], grid: Grid) -> Node:
+    """Insert behind `node` what it does, on the bytes that `codes` has for its first input; return the new node."""
+    module: nn.Module | None = None
+    if kind(node) == "max_pool":
+        module = _max_pool(node)
+    elif kind(node) == "pad":
+        padding = _zero_padding(node)
+        assert padding is not None
+        module = BytePad(padding, grid)
+    moved = node.all_input_nodes[0]
+    with gm.graph.inserting_after(node):
+        if module is None:
+            return gm.graph.node_copy(node, lambda source: codes[source] if source is moved else source)
+        path = free_path(gm, f"{node.name}_bytes")
+        put_module(gm, path, module)
+        return gm.graph.call_module(path, (codes[moved],))
+
+
+def cut_of(node: Node) -> tuple[float, float] | None:
+    """Return the ends that an activation cuts its input to, or None when it does anything else."""
+    word = kind(node)
+    if word == "relu":
+        return 0.0, float("inf")
+    if word == "relu6":
+        return 0.0, 6.0
+    if word == "hardtanh":
+        if node.op == "call_module":
+            module = module_of(node)
+            return float(module.min_val), float(module.max_val)  # type: ignore[arg-type]
+        ends = argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)
+        return (float(ends[0]), float(ends[1])) if all(isinstance(end, int | float) for end in ends) else None
+    return None
+
+
+def terms_of(node: Node) -> tuple[Node, ...]:
+    """Return the two tensors of one shape that `node` adds, or nothing."""
+    if kind(node) != "add" or len(node.args) != 2 or argument(node, 2, "alpha", 1) != 1:
+        return ()
+    terms = [term for term in node.args if isinstance(term, Node) and is_tensor(term) and is_tensor(node)]
+    shapes = [tuple(term.meta["val"].shape[1:]) for term in [*terms, node] if "val" in term.meta]
+    return tuple(terms) if len(terms) == 2 and shapes[0] == shapes[1] == shapes[2] else ()
+
+
+def pooled_bytes(layer: Node, grids: Mapping[Node, Grid]) -> Node | None:
+    """Return the tensor of bytes ``[N, C, H, W]`` whose means over the maps are what `layer` reads, or None."""
+    node = layer.all_input_nodes[0]
+    while kind(node) == "view" and len(node.all_input_nodes) == 1 and is_tensor(node) and node.meta["val"].ndim == 2:
+        node = node.all_input_nodes[0]
+    if kind(node) not in ("avg_pool", "mean") or not is_global_pool(node) or not node.all_input_nodes:
+        return None
+    source = node.all_input_nodes[0]
+    if source not in grids or source.meta["val"].ndim != 4 or not _is_over_maps(node):
+        return None
+    return source if layer.meta["val"].ndim in (2, 4) and layer.meta["val"].shape[2:].numel() == 1 else None
+
+
+def _is_over_maps(node: Node) -> bool:
+    if kind(node) == "avg_pool":
+        return True
+    axes = argument(node, 1, "dim", ())
+    return isinstance(axes, list | tuple) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]

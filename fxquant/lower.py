@@ -1,0 +1,66 @@
+"""Deployment: a quantized network whose layers compute on integers."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from fxquant.deploy import cpu, cuda
+from fxquant.errors import ConfigError, FxquantWarning, ModelError, one_of
+from fxquant.passes import LowerInteger
+from fxquant.passes.lower_integer import Backend
+from fxquant.pipeline import Pipeline
+from fxquant.record import Record
+from fxquant.tracing.leaves import unwrap
+
+BACKENDS = ("cpu", "cuda")
+
+
+def lower(qmodel: nn.Module, backend: str = "cpu") -> GraphModule:
+    """Return a quantized network that computes on integers; `qmodel` is not touched.
+
+    It takes images of any batch size, of other sizes as far as the network does, and in half precision too (they become float32). Weights
+    are bytes, tensors between layers are bytes, sums are exact. So a value that lies on the border of two codes, where the rounding errors
+    of the simulation decide, may fall to the other side; nothing else differs. `fxquant.compile` makes it fast. It cannot be saved: save
+    the simulation, and lower what `fxquant.load` returns.
+
+    What cannot be lowered stays simulated; ``print(fxquant.report(lowered))`` names it with the reason. Where the machine cannot run
+    integers at all, the simulation comes back, with a warning that says why.
+
+    Args:
+        qmodel: what `fxquant.quantize` or `fxquant.load` returned, in float32.
+        backend: ``"cpu"``: x86 with VNNI, through oneDNN. ``"cuda"``: int8 tensor cores; the result is on the GPU.
+
+    Raises:
+        ConfigError: an unknown backend.
+        ModelError: `qmodel` was not made by fxquant, is lowered already, is not float32, or has no quantized layer that reads a quantized
+            tensor.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"{backend!r} is not known", where="backend", fix=one_of(backend, BACKENDS))
+    record = copy.deepcopy(Record.from_module(qmodel))
+    gm = unwrap(qmodel)
+    assert isinstance(gm, GraphModule)
+    dtypes = {value.dtype for value in gm.parameters() if value.is_floating_point()}
+    if dtypes - {torch.float32}:
+        raise ModelError(f"has weights in {dtypes.pop()}", where=type(gm).__name__, fix="Lower the network in float32")
+    reason = cpu.unavailable() if backend == "cpu" else cuda.unavailable()
+    if reason is not None:
+        warnings.warn(f"backend {backend!r}: the simulation comes back, in floats: {reason}.", FxquantWarning, stacklevel=2)
+        return gm
+    engine: Backend = cpu.CpuBackend()
+    if backend == "cuda":
+        gm, engine = copy.deepcopy(gm).to("cuda"), cuda.CudaBackend("cuda")
+    lowering = LowerInteger(engine)
+    lowered = Pipeline([lowering]).run(gm)
+    if not lowering.log.count:
+        reasons = "; ".join(f"{where}: {why}" for where, why in lowering.log.skipped[:3])
+        raise ModelError(f"has nothing to lower ({reasons})", where=type(gm).__name__, fix="Quantize weights and activations: w=8, a=8")
+    record.passes.append(lowering.log)
+    record.lowered = backend
+    record.attach(lowered)
+    return lowered.eval()

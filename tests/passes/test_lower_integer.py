@@ -1,0 +1,223 @@
+"""LowerInteger: which layers compute on bytes, what stays, and that the numbers are those of the simulation."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import NETS, Net, classes, conv_bn, head, images, make
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import fxquant
+from fxquant.deploy import cpu
+from fxquant.deploy.bytes import Dequantize, Quantize
+from fxquant.deploy.cpu import CpuBackend, CpuIntegerLayer
+from fxquant.deploy.integers import Grid, IntegerLayer
+from fxquant.graph import called
+from fxquant.passes import LowerInteger
+from fxquant.pipeline import PassLog
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+
+
+@functools.cache
+def simulated(name: str, w: int, a: int) -> GraphModule:
+    return quantize(make(name), w, a)
+
+
+def quantize(net: nn.Module, w: int = 4, a: int = 4, **more) -> GraphModule:
+    return fxquant.quantize(net.eval(), [images(8)], w, a, False, **{"recipe": "fast", "progress": False, **more})
+
+
+def lowered(gm: GraphModule) -> tuple[GraphModule, PassLog]:
+    step = LowerInteger(CpuBackend())
+    return step(gm).graph_module, step.log
+
+
+def leaves(output: object) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+@torch.no_grad()
+def assert_same(gm: GraphModule, new: GraphModule, x: Tensor) -> None:
+    """Equal up to float rounding, but for the few images in which a value lay on the border of two codes."""
+    for mine, theirs in zip(leaves(new(x.clone())), leaves(gm(x.clone())), strict=True):
+        assert mine.dtype == theirs.dtype
+        difference = (mine - theirs).abs().flatten(1).amax(1) / theirs.abs().max()
+        assert (difference < 1e-4).float().mean() >= 0.9, difference
+
+
+@pytest.mark.parametrize("bits", [(2, 2), (4, 4), (8, 8)], ids="W{0[0]}A{0[1]}".format)
+@pytest.mark.parametrize("name", NETS)
+def test_every_net(name, bits, untouched):
+    gm = simulated(name, *bits)
+    with untouched(gm):
+        new, log = lowered(gm)
+        assert_same(gm, new, images(16))
+        for count in (1, 3):
+            assert [leaf.shape for leaf in leaves(new(images(count)))] == [leaf.shape for leaf in leaves(gm(images(count)))]
+        again, second = lowered(new)
+    assert again is new
+    assert second.count == 0
+    assert log.count + len(log.skipped) == len(fxquant.report(gm).record.layers)
+    assert all(reason for _, reason in log.skipped)
+
+
+def operations(gm: GraphModule) -> list[str]:
+    """Return what the graph calls, in order: classes of modules, names of the rest."""
+    named = {node: type(module).__name__ for node, module in called(gm)}
+    return [
+        named.get(node, getattr(node.target, "__name__", str(node.target)))
+        for node in gm.graph.nodes
+        if node.op not in ("placeholder", "output")
+    ]
+
+
+def test_chain():
+    """The stem reads floats; all else is one call a layer, and the classifier reads the means of bytes."""
+    new, log = lowered(simulated("chain", 2, 2))
+    assert operations(new) == ["ToFloat32", "QuantizedConv2d", "ReLU", "Quantize", "CpuIntegerLayer", "PooledIntegerLayer"]
+    assert (log.count, log.skipped) == (2, [("0", "reads input_1, which is not quantized")])
+
+
+def test_residual():
+    """A block whose identity is bytes is two calls; one with a downsampling convolution adds floats. Pools move bytes."""
+    new, log = lowered(simulated("residual", 2, 2))
+    assert operations(new) == [
+        *("ToFloat32", "QuantizedConv2d", "ReLU", "Quantize", "ByteMaxPool2d"),
+        *("CpuIntegerLayer", "CpuIntegerLayer"),
+        *("CpuIntegerLayer", "CpuIntegerLayer", "CpuIntegerLayer", "add", "ReLU", "Quantize"),
+        "PooledIntegerLayer",
+    ]
+    layers = [module for _, module in called(new) if isinstance(module, CpuIntegerLayer)]
+    assert [layer.residual is not None for layer in layers] == [False, True, False, False, False]
+    assert [layer.output is None for layer in layers] == [False, False, False, True, True]
+    assert log.count == 6
+
+
+def test_the_cut_of_an_activation_is_in_the_grid():
+    net = Net(
+        lambda s, x: s.c(F.hardtanh(s.b(F.relu6(s.a(x))), -0.5, 0.25)), a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 4, 3), c=nn.Conv2d(4, 4, 3)
+    )
+    gm = quantize(net, 8, 8, edges="same")
+    new, _ = lowered(gm)
+    (layer,) = [module for _, module in called(new) if isinstance(module, CpuIntegerLayer) and module.output]
+    values = [layer.output.scale * (end - layer.output.zero_point) for end in (layer.output.low, layer.output.high)]
+    assert values == pytest.approx([-0.5, 0.25], abs=layer.output.scale)
+    assert_same(gm, new, images(8))
+
+
+def test_two_readers_keep_the_floats():
+    """A value that something reads in front of its quantizer is made as a float, and quantized behind."""
+    net = Net(lambda s, x: s.c(s.b(F.relu(s.a(x)))) + s.b(F.relu(s.a(x))), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 4, 1), c=nn.Conv2d(4, 4, 1))
+
+    def body(s, x):
+        y = s.b(F.relu(s.a(x)))
+        return s.c(F.relu(y)) + y
+
+    net.body = body
+    gm = quantize(net)
+    new, _ = lowered(gm)
+    assert operations(new).count("CpuIntegerLayer") == 2
+    assert_same(gm, new, images(8))
+
+
+def test_a_residual_that_is_read_later_and_one_that_is_the_input():
+    def body(s, x):
+        y = F.relu(s.a(x))
+        z = F.relu(s.b(y) + y)  # y is what the layer reads and what is added to it
+        u = F.relu(s.c(z) + y)  # and is read again
+        return s.head(F.relu(s.d(u)) + z)
+
+    parts = {name: nn.Sequential(*conv_bn(4, 4)) for name in "bcd"}
+    gm = quantize(Net(body, a=nn.Sequential(*conv_bn(3, 4)), head=head(4), **parts))
+    new, _ = lowered(gm)
+    assert sum(isinstance(module, CpuIntegerLayer) and module.residual is not None for module in new.modules()) == 2
+    assert_same(gm, new, images(16))
+    compiled = fxquant.compile(new)
+    with torch.no_grad():
+        assert torch.allclose(compiled(images(8)), new(images(8)), atol=1e-5)
+
+
+def test_views_and_padding_move_bytes():
+    def body(s, x):
+        y = F.max_pool2d(F.relu(s.a(x)), 2)
+        left, right = y.chunk(2, 1)
+        return s.b(F.pad(left[:, :, ::2], (1, 1, 0, 2)).transpose(2, 3)) + s.b(right.roll(1, 3).reshape(-1, 2, 7, 7)).mean()
+
+    gm = quantize(Net(body, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(2, 5, 3)))
+    new, log = lowered(gm)
+    assert log.count == 2
+    assert classes(new)["Dequantize"] == 0
+    assert classes(new)["BytePad"] == classes(new)["ByteMaxPool2d"] == 1
+    assert_same(gm, new, images(8))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(lambda s, x: s.b(F.pad(F.relu(s.a(x)), (1, 1, 1, 1), value=0.5)), id="padding with another number"),
+        pytest.param(lambda s, x: s.b(F.pad(F.relu(s.a(x)), (1, 1, 1, 1), mode="reflect")), id="padding by reflection"),
+        pytest.param(lambda s, x: s.b(F.adaptive_max_pool2d(F.relu(s.a(x)), 5)), id="adaptive max pooling"),
+        pytest.param(lambda s, x: s.b(F.interpolate(F.relu(s.a(x)), scale_factor=2)), id="nearest interpolation"),
+        pytest.param(lambda s, x: s.b(F.pixel_unshuffle(F.pixel_shuffle(F.relu(s.a(x)), 2), 2)), id="pixel shuffles"),
+        pytest.param(lambda s, x: s.b(torch.add(s.b(F.relu(s.a(x))), F.relu(s.a(x)), alpha=2)), id="a sum with a factor"),
+        pytest.param(lambda s, x: s.b(F.relu(s.a(x)) + F.relu(s.a(x)).mean((2, 3), keepdim=True)), id="a sum of two shapes"),
+    ],
+)
+def test_what_moves_no_bytes_reads_floats(body):
+    gm = quantize(Net(body, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 4, 3, padding=1)))
+    new, _ = lowered(gm)
+    assert_same(gm, new, images(8))
+
+
+def test_a_mean_over_other_axes_is_no_mean_of_maps():
+    net = Net(lambda s, x: s.fc(F.relu(s.a(x)).permute(0, 2, 3, 1).mean((1, 2))), a=nn.Conv2d(3, 14, 3), fc=nn.Linear(14, 5))
+    gm = quantize(net)
+    new, log = lowered(gm)
+    assert log.count == 0
+    assert dict(log.skipped)["fc"].startswith("reads mean, which is not quantized")
+    assert new is gm
+
+
+def test_reasons():
+    gm = fxquant.quantize(make("attention"), [images(8)], 8, 8, False, recipe="fast", progress=False)
+    _, log = lowered(gm)
+    assert any("the products are of floats" in reason for _, reason in log.skipped)
+    old = fxquant.quantize(make("one_dimension"), [images(8)], 4, 4, False, recipe="fast", progress=False)
+    _, log = lowered(old)
+    assert any("Conv1d has no integer form" in reason for _, reason in log.skipped)
+
+
+def test_a_float_layer_between_stays_one():
+    gm = quantize(make("chain"), 4, 4, overrides={"4": {"w": None}})
+    new, log = lowered(gm)
+    assert ("4", "its weight is float") in log.skipped
+    assert operations(new).count("Conv2d") == 1
+    assert_same(gm, new, images(8))
+
+
+def test_a_backend_may_refuse():
+    class Picky(CpuBackend):
+        def refusal(self, layer: IntegerLayer, residual: Grid | None = None) -> str | None:
+            return "only linear layers" if not layer.is_linear else super().refusal(layer, residual)
+
+    step = LowerInteger(Picky())
+    new = step(simulated("residual", 4, 4)).graph_module
+    assert [reason for _, reason in step.log.skipped].count("only linear layers") == 5
+    assert_same(simulated("residual", 4, 4), new, images(8))
+
+
+def test_boundaries_are_where_they_must_be():
+    """Bytes become floats only for what reads floats."""
+    new, _ = lowered(simulated("squeeze_excite", 8, 8))
+    for node, module in called(new):
+        if isinstance(module, Dequantize):
+            assert not any(
+                isinstance(new.get_submodule(str(user.target)), CpuIntegerLayer) for user in node.users if user.op == "call_module"
+            )
+        if isinstance(module, Quantize):
+            assert node.users

@@ -1,0 +1,180 @@
+"""fxquant.lower and fxquant.compile, as a user calls them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from nets import NETS, make
+from nets import images as small_images
+from torch import nn
+
+import fxquant
+from fxquant.deploy import cpu, cuda
+from fxquant.deploy.cpu import CpuIntegerLayer
+from fxquant.errors import ConfigError, FxquantWarning, ModelError
+
+needs_vnni = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+
+OTHERS = [name for name in NETS if name not in ("residual", "several_outputs")]
+COMPILED = ["residual", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+
+
+@pytest.fixture(scope="module")
+def calibration() -> list[torch.Tensor]:
+    return [small_images(16), small_images(8)]
+
+
+@pytest.fixture(scope="module")
+def simulation(calibration):
+    return fxquant.quantize(make("residual"), calibration, 4, 4, False, recipe="fast", progress=False)
+
+
+def assert_same(lowered: nn.Module, simulation: nn.Module) -> None:
+    """Equal up to float rounding, but for an image or two in which a value lay on the border of two codes."""
+    x = small_images(32)
+    with torch.no_grad():
+        y, z = simulation(x), lowered(x)
+    assert ((y - z).abs().amax(1) < 1e-4 * y.abs().max()).sum() >= 30
+
+
+@needs_vnni
+def test_lowered(simulation, untouched):
+    with untouched(simulation):
+        lowered = fxquant.lower(simulation)
+    assert isinstance(lowered, torch.fx.GraphModule)
+    assert not lowered.training
+    assert sum(isinstance(module, CpuIntegerLayer) for module in lowered.modules()) >= 5
+    for count in (1, 5, 33):
+        torch.testing.assert_close(lowered(small_images(count)), simulation(small_images(count)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(copy.deepcopy(lowered)(small_images(3)), lowered(small_images(3)))
+
+
+@needs_vnni
+def test_cat_stays_at_the_end(calibration):
+    net = make("residual")
+    simulation = fxquant.quantize(net, calibration, 2, 2, False, recipe="fast", progress=False)
+    simulation = fxquant.append_cat(simulation, net, calibration, fit="kl", clusters=3, progress=False)
+    lowered = fxquant.lower(simulation)
+    assert "cat" in dict(lowered.named_children())
+    torch.testing.assert_close(lowered(small_images(9)), simulation(small_images(9)), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(fxquant.compile(lowered)(small_images(9)), simulation(small_images(9)), rtol=1e-4, atol=1e-4)
+
+
+@needs_vnni
+def test_half_precision_images_and_other_sizes(simulation):
+    lowered = fxquant.lower(simulation)
+    assert lowered(small_images(2).half()).dtype == torch.float32
+    torch.testing.assert_close(lowered(small_images(2).bfloat16()), lowered(small_images(2).bfloat16().float()))
+    large = torch.randn(2, 3, 40, 24)
+    torch.testing.assert_close(lowered(large), simulation(large), rtol=1e-4, atol=1e-4)
+
+
+@needs_vnni
+def test_what_was_done_is_in_the_report(simulation):
+    lowered = fxquant.lower(simulation)
+    text = str(fxquant.report(lowered))
+    assert "lower_integer" in text
+    assert "reads x, which is not quantized" in text
+    assert "lower_integer" not in str(fxquant.report(simulation))
+
+
+@needs_vnni
+def test_a_lowered_network_is_no_simulation(simulation, tmp_path):
+    lowered = fxquant.lower(simulation)
+    for call in (fxquant.lower, lambda network: fxquant.save(network, tmp_path / "a.safetensors")):
+        with pytest.raises(ModelError, match="is lowered to integers"):
+            call(lowered)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_vnni
+def test_lowered_after_loading(simulation, tmp_path):
+    fxquant.save(simulation, tmp_path / "a.safetensors")
+    loaded = fxquant.load(tmp_path / "a.safetensors", make("residual"))
+    assert torch.equal(fxquant.lower(loaded)(small_images(4)), fxquant.lower(simulation)(small_images(4)))
+
+
+@needs_vnni
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled(name, calibration):
+    """Equal to eager mode, without a break; torch makes one graph for one image, and two for more where a float convolution without
+    stride is left: its choice of kernel depends on whether there are 16."""
+    simulation = fxquant.quantize(make(name), calibration, 4, 4, False, recipe="fast", progress=False)
+    lowered = fxquant.lower(simulation)
+    compiled = fxquant.compile(lowered)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for count in (4, 8, 1, 15, 64, 3):
+        x = small_images(count)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), lowered(x), rtol=1e-4, atol=1e-4)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 3
+
+
+@needs_vnni
+def test_two_graphs_for_all_batches(calibration):
+    simulation = fxquant.quantize(make("chain"), calibration, 4, 4, False, recipe="fast", progress=False)
+    compiled = fxquant.compile(fxquant.lower(simulation))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for count in (4, 8, 1, 64, 17, 2):
+        compiled(small_images(count))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_compiled_float_networks_and_simulations(simulation):
+    for network in (make("residual"), simulation):
+        with torch.no_grad():
+            torch.testing.assert_close(fxquant.compile(network)(small_images(4)), network(small_images(4)), rtol=1e-4, atol=1e-4)
+
+
+def test_unknown_backend(simulation):
+    with pytest.raises(ConfigError, match="did you mean 'cpu'"):
+        fxquant.lower(simulation, backend="cpuu")
+
+
+def test_a_float_network():
+    with pytest.raises(ModelError, match="carries no record"):
+        fxquant.lower(make("residual"))
+
+
+@needs_vnni
+@pytest.mark.parametrize("bits", [(None, 8), (8, None)])
+def test_nothing_to_lower(bits, calibration):
+    simulation = fxquant.quantize(make("residual"), calibration, *bits, False, recipe="fast", progress=False)
+    with pytest.raises(ModelError, match=r"has nothing to lower \(.*w=8, a=8"):
+        fxquant.lower(simulation)
+
+
+def test_double_precision(calibration):
+    network = make("residual").double()
+    simulation = fxquant.quantize(network, [batch.double() for batch in calibration], 4, 4, False, recipe="fast", progress=False)
+    with pytest.raises(ModelError, match="float64"):
+        fxquant.lower(simulation)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_a_machine_that_cannot_keeps_the_simulation(simulation, backend, monkeypatch):
+    monkeypatch.setattr({"cpu": cpu, "cuda": cuda}[backend], "unavailable", lambda: "it is a toaster")
+    with pytest.warns(FxquantWarning, match="the simulation comes back, in floats: it is a toaster"):
+        lowered = fxquant.lower(simulation, backend)
+    assert torch.equal(lowered(small_images(3)), simulation(small_images(3)))
+
+
+def test_module_wrappers_are_seen_through(simulation):
+    if cpu.unavailable() is None:
+        assert isinstance(fxquant.lower(nn.DataParallel(simulation)), torch.fx.GraphModule)
+
+
+@needs_vnni
+def test_integer_edges_leave_no_layer_in_floats(calibration):
+    simulation = fxquant.quantize(make("residual"), calibration, 4, 4, False, recipe="fast", progress=False, edges="integer")
+    lowered = fxquant.lower(simulation)
+    assert fxquant.report(lowered).record.passes[-1].skipped == []
+    assert not any(isinstance(module, nn.Conv2d) for module in lowered.modules())
+    assert_same(lowered, simulation)
