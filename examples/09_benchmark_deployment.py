@@ -36,6 +36,7 @@ from torch.fx import GraphModule
 import fxquant
 from fxquant.deploy.latency import frozen, latencies, threads, variants
 from fxquant.networks import build
+from fxquant.placement import EDGES
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "timm:regnetx_006")
 COLUMNS = ("float32, compiled", "bfloat16, compiled", "simulated, compiled", "onnxruntime int8", "torchao int8")
@@ -52,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=NETWORKS, metavar="NAME", help=f"(default: {' '.join(NETWORKS)})")
     parser.add_argument("--bits", nargs="+", default=["W2A2", "W8A8"], metavar="WxAy", help="(default: W2A2 W8A8)")
+    parser.add_argument("--edges", default="integer", choices=EDGES, help="integer: the images at 8 bits, as peers have them (default)")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], metavar="N", help="(default: 1 8 32)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N", help="(default: 1 2)")
     parser.add_argument("--rounds", type=int, default=15, help="(default: 15)")
@@ -109,11 +111,12 @@ class Case:
         self.model.eval()
         self.quantized: dict[str, tuple[GraphModule, GraphModule, Tensor]] = {}
 
-    def bits(self, bits: str) -> tuple[GraphModule, GraphModule, Tensor]:
+    def bits(self, bits: str, edges: str) -> tuple[GraphModule, GraphModule, Tensor]:
         """Return the simulation, the lowered network, and the logits of the simulation for `images`."""
         if bits not in self.quantized:
             w, a = int(bits[1]), int(bits[3])
-            simulated = fxquant.quantize(self.model, self.calibration, w, a, cat=False, recipe="fast", progress=False)
+            given = {"cat": False, "recipe": "fast", "edges": edges, "progress": False}
+            simulated = fxquant.quantize(self.model, self.calibration, w, a, **given)
             with torch.no_grad():
                 logits = torch.cat([simulated(batch) for batch in self.images.split(16)])
             self.quantized[bits] = simulated, fxquant.lower(simulated), logits
@@ -129,7 +132,7 @@ def pictures(count: int, seed: int) -> Tensor:
 
 def speed(case: Case, key: Row, rounds: int) -> Row:
     """Return milliseconds by column, why columns are missing, and how far the lowered network is from the simulation."""
-    simulated, lowered, expected = case.bits(key["bits"])
+    simulated, lowered, expected = case.bits(key["bits"], key["edges"])
     images = case.images[: key["batch"]].contiguous(memory_format=torch.channels_last)
     if len(images) < key["batch"]:
         images = images.repeat(-(-key["batch"] // len(images)), 1, 1, 1)[: key["batch"]]
@@ -263,8 +266,8 @@ def base_key(name: str) -> Row:
 
 
 def speed_key(name: str, bits: str, count: int, batch: int, options: argparse.Namespace) -> Row:
-    key = {"table": "speed", "bits": bits, "threads": count, "batch": batch, "rounds": options.rounds, "peers": not options.skip_peers}
-    return {**base_key(name), **key}
+    key = {"table": "speed", "bits": bits, "edges": options.edges, "threads": count, "batch": batch, "rounds": options.rounds}
+    return {**base_key(name), **key, "peers": not options.skip_peers}
 
 
 def processor() -> str:
@@ -284,13 +287,13 @@ def speed_table(rows: list[Row]) -> str:
     if not rows:
         return ""
     lines = [f"{rows[0]['processor']}, torch {rows[0]['versions']['torch']}. Times are those of lowered over one; 2.00 is twice as slow.\n"]
-    lines += [f"| network | bits | threads | batch | lowered ms | {' | '.join(COLUMNS)} | logits apart | same class |"]
-    lines += ["|---|---|---:|---:|---:|" + "---:|" * (len(COLUMNS) + 2)]
+    lines += [f"| network | bits | edges | threads | batch | lowered ms | {' | '.join(COLUMNS)} | logits apart | same class |"]
+    lines += ["|---|---|---|---:|---:|---:|" + "---:|" * (len(COLUMNS) + 2)]
     reasons = []
     for row in rows:
         times = row["milliseconds"]
         cells = [f"{times[name] / times[LOWERED]:.2f}" if name in times else "-" for name in COLUMNS]
-        where = f"| {row['network']} | {row['bits']} | {row['threads']} | {row['batch']} | {times[LOWERED]:.2f} "
+        where = f"| {row['network']} | {row['bits']} | {row['edges']} | {row['threads']} | {row['batch']} | {times[LOWERED]:.2f} "
         lines.append(f"{where}| {' | '.join(cells)} | {row['difference']:.1e} | {row['agreement']:.1%} of {row['compared']} |")
         reasons += [f"{name}, {row['network']}: {why}" for name, why in row["missing"].items()]
         if row["on"] != "integers":
@@ -321,12 +324,12 @@ def plot(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = list(dict.fromkeys((row["bits"], row["threads"]) for row in rows))
+    panels = list(dict.fromkeys((f"{row['bits']}, edges {row['edges']}", row["threads"]) for row in rows))
     if not panels:
         return
     figure, axes = pyplot.subplots(len(panels), 1, figsize=(12, 3.5 * len(panels)), squeeze=False)
     for axis, (bits, count) in zip(axes[:, 0], panels, strict=True):
-        shown = [row for row in rows if (row["bits"], row["threads"]) == (bits, count)]
+        shown = [row for row in rows if (f"{row['bits']}, edges {row['edges']}", row["threads"]) == (bits, count)]
         for place, name in enumerate(COLUMNS):
             heights = [row["milliseconds"].get(name, 0) / row["milliseconds"][LOWERED] for row in shown]
             axis.bar([group + (place - 2) * 0.17 for group in range(len(shown))], heights, 0.16, label=name)

@@ -1,8 +1,10 @@
 """Graph passes: how a float graph becomes a quantized one, one pass a file, in the order below. README.md shows each as a picture."""
 
+from fxquant.passes.absorb_high_bias import AbsorbHighBias
 from fxquant.passes.append_cat import AppendCAT
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.correct_bias import CorrectBias
+from fxquant.passes.equalize_channels import EqualizeChannels
 from fxquant.passes.finish_network import FinishNetwork
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
 from fxquant.passes.freeze import Freeze
@@ -23,9 +25,11 @@ QUANTIZE = (InsertObservers, InsertFakeQuant, CorrectBias, ReconstructUnits, Fin
 __all__ = [
     "PREPARE",
     "QUANTIZE",
+    "AbsorbHighBias",
     "AppendCAT",
     "Canonicalize",
     "CorrectBias",
+    "EqualizeChannels",
     "FinishNetwork",
     "FoldBatchNorm",
     "Freeze",

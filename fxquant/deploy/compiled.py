@@ -41,7 +41,8 @@ class CompiledNetwork(nn.Module):
         """Return what the network gives for ``images [N, C, H, W]``."""
         if images.shape[0] > 1:
             torch._dynamo.maybe_mark_dynamic(images, 0)
-        with torch.no_grad(), inductor.patch(freezing=True, cpp_wrapper=True, post_grad_custom_post_pass=_AddInPlace()):
+        options = {"freezing": True, "cpp_wrapper": images.device.type == "cpu", "post_grad_custom_post_pass": _AddInPlace()}
+        with torch.no_grad(), inductor.patch(options):
             return self._run(images)
 
 
