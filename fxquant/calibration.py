@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
+from fxquant.data import first_images
+from fxquant.execution import peak_bytes
 from fxquant.placement import LayerPlan, TensorPlan
-from fxquant.quantizers import HistogramObserver, QuantSpec, UniformQuantizer, activation_quantizer, weight_quantizer
+from fxquant.quantizers import (
+    HistogramObserver,
+    LogQuantizer,
+    QuantSpec,
+    UniformQuantizer,
+    activation_quantizer,
+    log_quantizer,
+    weight_quantizer,
+)
 from fxquant.quantizers.layers import weight_spec
 from fxquant.recipe import Recipe
 
@@ -24,12 +36,20 @@ def weight_quantizers(recipe: Recipe) -> Callable[[LayerPlan, nn.Module], Unifor
     return make
 
 
-def activation_quantizers(recipe: Recipe) -> Callable[[TensorPlan, HistogramObserver], UniformQuantizer]:
+def activation_quantizers(recipe: Recipe) -> Callable[[TensorPlan, HistogramObserver], UniformQuantizer | LogQuantizer]:
     """Return what makes the quantizer of a tensor from what its observer saw: one scale and zero-point a tensor."""
 
-    def make(plan: TensorPlan, observer: HistogramObserver) -> UniformQuantizer:
+    def make(plan: TensorPlan, observer: HistogramObserver) -> UniformQuantizer | LogQuantizer:
+        if plan.softmax and recipe.softmax_quantizer != "uniform":
+            return log_quantizer(observer, plan.bits, recipe.softmax_quantizer, p=recipe.activation_p)
         signed = recipe.activation_symmetric and observer.seen and bool(observer.low < 0)
         spec = QuantSpec(plan.bits, signed=signed, symmetric=recipe.activation_symmetric)
         return activation_quantizer(observer, spec, recipe.activation_range, p=recipe.activation_p, percentile=recipe.percentile)
 
     return make
+
+
+def affordable_images(images: Sequence[Tensor], most: int, recipe: Recipe, graph: GraphModule, device: torch.device) -> list[Tensor]:
+    """Return the first images, as many as fit the memory budget when teacher and student hold all their activations at one place."""
+    count = max(1, int(recipe.memory_gib * 2**30 / max(2 * peak_bytes(graph), 1)))
+    return first_images(images, min(most, count), device)

@@ -55,6 +55,8 @@ class TensorPlan:
     node: str
     bits: int
     readers: tuple[str, ...]
+    softmax: bool = False
+    """Whether a softmax made it: values in (0, 1], for which there are logarithmic quantizers."""
 
 
 @dataclass
@@ -72,7 +74,7 @@ class Plan:
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """Return the plan that `to_dict` wrote."""
         layers = {layer["name"]: LayerPlan(**layer) for layer in data["layers"]}
-        tensors = {t["node"]: TensorPlan(t["node"], t["bits"], tuple(t["readers"])) for t in data["tensors"]}
+        tensors = {t["node"]: TensorPlan(t["node"], t["bits"], tuple(t["readers"]), t.get("softmax", False)) for t in data["tensors"]}
         return cls(layers, tensors)
 
 
@@ -181,7 +183,7 @@ def _place_tensors(plan: Plan, ops: Mapping[str, Node], wanted: Mapping[str, int
         asking = [name for name in readers.get(node, []) if wanted[name] is not None]
         if asking:
             bits = max(wanted[name] or 0 for name in asking)
-            plan.tensors[node.name] = TensorPlan(node.name, bits, tuple(asking))
+            plan.tensors[node.name] = TensorPlan(node.name, bits, tuple(asking), kind(node) == "softmax")
             read |= {name: max(bits, read.get(name, 0)) for name in readers[node]}
     return read
 

@@ -1,9 +1,9 @@
 """The whole story on one page: trace, prepare, choose ranges, correct biases, learn, freeze, correct logits.
 
-model ──trace──> graph ──PREPARE──> teacher (float, folded)
+model ──trace──> graph ──PREPARE──> teacher (float, folded, layer norms reparameterized)
                                        │  place: one quantizer a tensor, bits by `edges` and `overrides`
                                        ├──InsertObservers──images──InsertFakeQuant──> student
-                                       ├──CorrectBias──ReconstructUnits──FinishNetwork──Freeze      (what the recipe asks for)
+                                       ├──CorrectBias──ReduceError──ReconstructUnits──FinishNetwork──Freeze      (what the recipe asks for)
                                        └──logits of fresh views──select CAT──AppendCAT──> GraphModule
 """
 
@@ -17,15 +17,14 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from fxquant.calibration import activation_quantizers, weight_quantizers
+from fxquant.calibration import activation_quantizers, affordable_images, weight_quantizers
 from fxquant.console import Narrator
 from fxquant.correction import CatSetting, append_selected, check_cat_setting
-from fxquant.data import check_seed, collect, first_images, in_one_order, is_changing, rebatch, seeded
+from fxquant.data import check_seed, collect, in_one_order, is_changing, rebatch, seeded
 from fxquant.errors import ConfigError
-from fxquant.execution import peak_bytes
 from fxquant.inspection import check_network, traced, working_device
 from fxquant.learning import keeper_of, learning_passes
-from fxquant.passes import PREPARE, CorrectBias, Freeze, InsertFakeQuant, InsertObservers
+from fxquant.passes import PREPARE, CorrectBias, Freeze, InsertFakeQuant, InsertObservers, ReduceError, ReparameterizeNorms
 from fxquant.pipeline import Pipeline
 from fxquant.placement import EDGES, check_bits, place
 from fxquant.recipe import Recipe
@@ -95,6 +94,9 @@ def quantize(
         teacher = prepare.run(graph)
         plan = place(teacher, w, a, edges, overrides)
         narrator.line("place", f"{len(plan.layers)} layers, {len(plan.tensors)} tensors, edges {edges!r}: {EDGES[edges]}")
+        some = affordable_images(images, recipe.bias_images, recipe, teacher, device)
+        reparameterize = [ReparameterizeNorms(plan, some, recipe)] if "reparameterize" in recipe.stages else []
+        teacher = Pipeline(reparameterize, narrator.passed, narrator.bar).run(teacher)
 
         observe = InsertObservers(plan)
         observed = observe(teacher).graph_module.to(device)
@@ -106,8 +108,10 @@ def quantize(
                 observed(batch.to(device))
         steps: list[Any] = [InsertFakeQuant(plan, activation_quantizers(recipe), weight_quantizers(recipe))]
         if "bias" in recipe.stages:
-            some = first_images(images, min(recipe.bias_images, _affordable(recipe, teacher)), device)
             steps.append(CorrectBias(teacher, some, recipe.bias_gain))
+        if "erq" in recipe.stages:
+            more = affordable_images(images, recipe.erq_images, recipe, teacher, device)
+            steps.append(ReduceError(teacher, more, plan, weight_quantizers(recipe), recipe))
         asked = {"recipe": recipe.to_dict(), "w": w, "a": a, "edges": edges, "overrides": dict(overrides or {}), "seed": seed}
         keeper = keeper_of(checkpoint, resume, teacher, asked, images)
         steps += learning_passes(teacher, images, calib_loader, recipe, seed, device, keeper, narrator)
@@ -115,15 +119,10 @@ def quantize(
         student.meta.pop(NORMS, None)
 
         record = Record.of(recipe, plan, edges, seed, images, teacher)
-        record.passes = [*prepare.logs, observe.log, *(step.log for step in steps)]
-        record.layers = layer_rows(teacher, student, plan, first_images(images, min(32, _affordable(recipe, teacher)), device))
+        record.passes = [*prepare.logs, *(step.log for step in [*reparameterize, observe, *steps])]
+        record.layers = layer_rows(teacher, student, plan, affordable_images(images, 32, recipe, teacher, device))
         if cat and "cat" in recipe.stages:
             student = append_selected(student, teacher, calib_loader, images, cat, recipe, seed, record, narrator)
     record.attach(student)
     keeper.finished()
     return student.eval()
-
-
-def _affordable(recipe: Recipe, graph: GraphModule) -> int:
-    """Return how many images fit the recipe's memory budget when teacher and student hold all their activations at one place."""
-    return max(1, int(recipe.memory_gib * 2**30 / max(2 * peak_bytes(graph), 1)))

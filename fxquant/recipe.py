@@ -14,16 +14,18 @@ from fxquant.errors import ConfigError, one_of
 
 T = TypeVar("T")
 
-STAGES = ("ranges", "bias", "units", "scales", "output_kl", "finish", "cat")
+STAGES = ("reparameterize", "ranges", "bias", "erq", "units", "scales", "output_kl", "finish", "cat")
 """What a recipe can do, in the order it is done:
 
-ranges      choose scales and zero-points from the calibration images
-bias        match the mean and spread of every output channel
-units       learn the rounding of each unit (layer, block, pack) against its float output, front to back
-scales      learn the activation scales of each unit, weights as they are (the second phase of BRECQ)
-output_kl   learn scales and zero-points by the KL of the logits, held near where they start (the first stage of CAT's paper)
-finish      train everything that costs nothing at inference against the float network, on fresh views of the calibration images
-cat         append a cluster-based affine transformation of the logits
+reparameterize  move the channels behind layer norms so that one grid suits them all (RepQ-ViT); outputs stay equal
+ranges          choose scales and zero-points from the calibration images
+bias            match the mean and spread of every output channel
+erq             fit each layer to its quantized inputs by ridge regression, round it with the columns left making up for it (ERQ)
+units           learn the rounding of each unit (layer, block, pack) against its float output, front to back
+scales          learn the activation scales of each unit, weights as they are (the second phase of BRECQ)
+output_kl       learn scales and zero-points by the KL of the logits, held near where they start (the first stage of CAT's paper)
+finish          train everything that costs nothing at inference against the float network, on fresh views of the calibration images
+cat             append a cluster-based affine transformation of the logits
 """
 
 
@@ -32,8 +34,8 @@ class Recipe:
     """All constants of a run.
 
     Named ones are ``Recipe.FAST``, ``STANDARD``, ``BEST``, ``FINISH``, ``ADAROUND``, ``BRECQ``, ``QDROP``, ``PDQUANT``, ``GENIE``,
-    ``PACKPTQ`` and ``OUTPUT_KL``; ``Recipe.QDROP.replace(unit_iterations=1000)`` changes a field. Where a field has no source, its
-    default is that of QDrop.
+    ``PACKPTQ``, ``ERQ`` and ``OUTPUT_KL``; ``Recipe.QDROP.replace(unit_iterations=1000)`` changes a field. Where a field has no source,
+    its default is that of QDrop.
 
     Raises:
         ConfigError: a field with a value that cannot be meant, by name, with what to write instead.
@@ -53,14 +55,22 @@ class Recipe:
     """Range estimator of activations, per tensor."""
     activation_p: float = 2.4
     activation_symmetric: bool = False
+    softmax_quantizer: str = "uniform"
+    """Grid of the outputs of a softmax: ``"uniform"``, ``"log2"`` (powers of two) or ``"logsqrt2"`` (of its root, RepQ-ViT)."""
     percentile: float = 0.9999
     """Share of values inside the range for the estimator ``"percentile"``."""
 
     bias_images: int = 256
-    """Images for bias correction; fewer are taken when their activations do not fit into `memory_gib`."""
+    """Images for bias correction and for the channels of layer norms; fewer when their activations do not fit into `memory_gib`."""
     bias_gain: str = "balanced"
     """What is done about the spread of each output channel along with its mean: ``"none"``, ``"spread"``, ``"regression"`` or
     ``"balanced"`` (see `fxquant.passes.CorrectBias`)."""
+    erq_images: int = 1024
+    """Images that layers are fitted to in closed form; fewer when their activations do not fit into `memory_gib`."""
+    erq_ridge: float = 0.0
+    """Ridge for each token, as a share of the mean square of the layer's inputs; 0 searches it by cross-validation, layer by layer."""
+    erq_flips: int = 100
+    """Most codes of an output that each refinement of the rounding flips (ERQ)."""
     memory_gib: float = 2.0
     """Budget for activations held at once, in GiB: bias correction takes fewer images, the cache of the units moves on into a memory-mapped
     file."""
@@ -180,6 +190,7 @@ class Recipe:
     ADAROUND: ClassVar[Recipe]
     BEST: ClassVar[Recipe]
     BRECQ: ClassVar[Recipe]
+    ERQ: ClassVar[Recipe]
     FAST: ClassVar[Recipe]
     FINISH: ClassVar[Recipe]
     GENIE: ClassVar[Recipe]
@@ -273,6 +284,7 @@ _RANGES = ("lp", "minmax", "percentile", "kl")
 _WORDS: dict[str, tuple[str, ...]] = {
     "weight_range": _RANGES,
     "activation_range": _RANGES,
+    "softmax_quantizer": ("uniform", "log2", "logsqrt2"),
     "bias_gain": ("none", "spread", "regression", "balanced"),
     "augment": ("none", "crop", "crop+flip"),
     "finish_augment": ("none", "crop", "crop+flip"),
@@ -293,7 +305,9 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     "percentile": (0.501, 1.0),
     "cat_alpha": (0.0, 1.0),
     "memory_gib": (0.001, 10_000.0),
-    **dict.fromkeys(("bias_images", "unit_batch", "output_kl_batch", "finish_batch"), (1, 10**9)),
+    "erq_ridge": (0.0, 1e6),
+    "erq_flips": (0, 10**6),
+    **dict.fromkeys(("bias_images", "erq_images", "unit_batch", "output_kl_batch", "finish_batch"), (1, 10**9)),
     **dict.fromkeys(("unit_iterations", "unit_correction_iterations", "scales_iterations", "output_kl_iterations"), (0, 10**9)),
     "finish_iterations": (0, 10**9),
     "finish_checks": (1, 10**6),
@@ -324,6 +338,8 @@ _UNITS = ("ranges", "units")
 # two-dimensional L_2.4 search, activation ranges from all calibration images, the first unit is learned like the others, bits at the edges
 # are those of `edges`. PD-Quant's temperature, pull and weights are those for ResNets (for mobile networks: 1, 200 and 0.1); AdaRound's
 # 20,000 iterations are those of the others (AIMET: 15,000); Pack-PTQ's literal score takes its gradient at the quantized output.
+# ERQ fits each layer behind those already rounded, where the paper takes the inputs of the float network, has one grid a channel, where the
+# paper has two for qkv and fc1, and ends with scales and codes that are optimal in turn.
 
 Recipe.FAST = Recipe(name="fast")
 Recipe.ADAROUND = Recipe(
@@ -338,6 +354,7 @@ Recipe.GENIE = Recipe(
     name="genie", stages=_UNITS, unit_scale_rate=1e-4, unit_rounding_weight=1.0, unit_sampling="epochs", activation_symmetric=True
 )
 Recipe.PACKPTQ = Recipe(name="packptq", stages=_UNITS, unit_granularity="pack", unit_batch=16, unit_rounding_rate=3e-3)
+Recipe.ERQ = Recipe(name="erq", stages=("reparameterize", "ranges", "erq"), softmax_quantizer="logsqrt2")
 Recipe.OUTPUT_KL = Recipe(name="output_kl", stages=("ranges", "output_kl"))
 Recipe.FINISH = Recipe(name="finish", stages=("ranges", "finish"))
 Recipe.STANDARD = Recipe(name="standard", stages=("ranges", "bias", "finish", "cat"), precision="bfloat16")

@@ -36,7 +36,7 @@ from fxquant.passes.append_cat import logits_node
 from fxquant.passes.insert_observers import FOLDER
 from fxquant.pipeline import Pipeline
 from fxquant.placement import LayerPlan, TensorPlan
-from fxquant.quantizers import HistogramObserver, QuantSpec, UniformQuantizer
+from fxquant.quantizers import HistogramObserver, LogQuantizer, QuantSpec, UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
 from fxquant.record import Record
 from fxquant.tracing import trace
@@ -71,11 +71,13 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str]) -> None:
             quantizers[f"{name}.weight_quantizer"] = {**quantizer.spec.to_dict(), "shape": list(module.weight.shape)}
         elif isinstance(module, UniformQuantizer):
             quantizers[name] = module.spec.to_dict()
+        elif isinstance(module, LogQuantizer):
+            quantizers[name] = {**module.spec.to_dict(), "grid": module.grid}
         elif isinstance(module, CAT):
             cats[name] = [module.classes, module.clusters]
     for name, spec in quantizers.items():
-        qmin = QuantSpec.from_dict({key: value for key, value in spec.items() if key != "shape"}).qmin
-        tensors[f"{name}.zero_point"] = (tensors[f"{name}.zero_point"] - qmin).to(torch.uint8)
+        if f"{name}.zero_point" in tensors:
+            tensors[f"{name}.zero_point"] = (tensors[f"{name}.zero_point"] - _spec(spec).qmin).to(torch.uint8)
     tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     header = {"version": VERSION, "record": record.to_dict(), "quantizers": quantizers, "cat": cats}
     header["checksum"] = checksum(json.dumps(header), tensors)
@@ -113,12 +115,14 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> GraphModule:
     _compare_graphs(path, gm, record.graph)
 
     def quantizer(name: str) -> UniformQuantizer:
-        spec = QuantSpec.from_dict({key: value for key, value in quantizers[name].items() if key != "shape"})
+        spec = _spec(quantizers[name])
         scale = tensors.pop(f"{name}.scale")
         return UniformQuantizer(spec, scale, tensors.pop(f"{name}.zero_point").to(scale) + spec.qmin)
 
-    def activation(tensor: TensorPlan, observer: HistogramObserver) -> UniformQuantizer:
-        return quantizer(f"{FOLDER}.{tensor.node}")
+    def activation(tensor: TensorPlan, observer: HistogramObserver) -> UniformQuantizer | LogQuantizer:
+        name = f"{FOLDER}.{tensor.node}"
+        stored = quantizers[name]
+        return LogQuantizer(_spec(stored), tensors.pop(f"{name}.scale"), stored["grid"]) if "grid" in stored else quantizer(name)
 
     def weight(layer: LayerPlan, module: nn.Module) -> UniformQuantizer:
         return quantizer(f"{layer.name}.weight_quantizer")
@@ -152,7 +156,7 @@ def _fill(path: Path, gm: GraphModule, tensors: dict[str, Tensor], quantizers: M
             tensors[f"{name}.weight"] = quantizer.dequantize(codes.to(quantizer.scale) + quantizer.spec.qmin)
             tensors |= {f"{name}.weight_quantizer.{key}": value for key, value in quantizer.state_dict().items()}
             layer.frozen = True
-        elif isinstance(layer, UniformQuantizer):
+        elif isinstance(layer, UniformQuantizer | LogQuantizer):
             tensors |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
         if kind(node) in WEIGHTED and layer.bias is None and f"{name}.bias" in tensors:
             layer.bias = nn.Parameter(torch.empty_like(tensors[f"{name}.bias"]), requires_grad=False)
@@ -166,6 +170,11 @@ def _fill(path: Path, gm: GraphModule, tensors: dict[str, Tensor], quantizers: M
         owner, _, leaf = name.rpartition(".")
         new = nn.Parameter(tensors[name], requires_grad=False) if isinstance(old, nn.Parameter) else tensors[name]
         setattr(gm.get_submodule(owner), leaf, new)
+
+
+def _spec(stored: Mapping[str, Any]) -> QuantSpec:
+    """Return the integers of a stored quantizer; beside them are the shape of a weight, and the grid where it is not uniform."""
+    return QuantSpec.from_dict({key: value for key, value in stored.items() if key not in ("shape", "grid")})
 
 
 def _state_of(gm: GraphModule) -> dict[str, Tensor]:

@@ -13,13 +13,25 @@ from fxquant.passes.insert_observers import InsertObservers
 from fxquant.passes.lower_integer import LowerInteger
 from fxquant.passes.modularize_weights import ModularizeWeights
 from fxquant.passes.reconstruct_units import ReconstructUnits
+from fxquant.passes.reduce_error import ReduceError
+from fxquant.passes.reparameterize_norms import ReparameterizeNorms
 from fxquant.passes.split_norm_act import SplitNormAct
 from fxquant.passes.unshare_modules import UnshareModules
 
 PREPARE = (Canonicalize, ModularizeWeights, UnshareModules, SplitNormAct, FoldBatchNorm)
 """From the traced graph to the float graph that is quantized; outputs stay equal."""
 
-QUANTIZE = (InsertObservers, InsertFakeQuant, CorrectBias, ReconstructUnits, FinishNetwork, Freeze, AppendCAT)
+QUANTIZE = (
+    ReparameterizeNorms,
+    InsertObservers,
+    InsertFakeQuant,
+    CorrectBias,
+    ReduceError,
+    ReconstructUnits,
+    FinishNetwork,
+    Freeze,
+    AppendCAT,
+)
 """From that float graph to the quantized one."""
 
 __all__ = [
@@ -38,6 +50,8 @@ __all__ = [
     "LowerInteger",
     "ModularizeWeights",
     "ReconstructUnits",
+    "ReduceError",
+    "ReparameterizeNorms",
     "SplitNormAct",
     "UnshareModules",
 ]

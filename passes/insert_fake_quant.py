@@ -11,10 +11,10 @@ from fxquant.graph import called, put_module
 from fxquant.passes.insert_observers import FOLDER, InsertObservers
 from fxquant.pipeline import Pass
 from fxquant.placement import LayerPlan, Plan, TensorPlan
-from fxquant.quantizers import HistogramObserver, UniformQuantizer
+from fxquant.quantizers import HistogramObserver, LogQuantizer, UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
 
-ActivationQuantizers = Callable[[TensorPlan, HistogramObserver], UniformQuantizer]
+ActivationQuantizers = Callable[[TensorPlan, HistogramObserver], UniformQuantizer | LogQuantizer]
 WeightQuantizers = Callable[[LayerPlan, nn.Module], UniformQuantizer]
 
 

@@ -432,7 +432,7 @@ def test_float_weights_or_float_activations(quantize, net, images):
     [
         ({"recipe": "fsat"}, f"recipe: 'fsat' is not known. Use one of {listed(PRESETS)}; did you mean 'fast'?"),
         ({"recipe": {}}, f"recipe: {{}} is not known. Use one of {listed(PRESETS)}."),
-        ({"edges": "8bits"}, "edges: '8bits' is no rule. Use one of '8bit', 'brecq', 'same', 'float'; did you mean '8bit'?"),
+        ({"edges": "8bits"}, "edges: '8bits' is no rule. Use one of '8bit', 'brecq', 'same', 'float', 'integer'; did you mean '8bit'?"),
         ({"edges": 8}, "edges: 8 is no rule. Use one of '8bit', 'brecq', 'same', 'float'"),
         ({"cat": "papr"}, "cat: 'papr' is no setting. Use True, False or 'paper'."),
         ({"edges": ["8bit"]}, "edges: ['8bit'] is no rule. Use one of '8bit', 'brecq', 'same', 'float'"),

@@ -24,7 +24,7 @@ def test_named():
 
 
 def test_names():
-    names = "fast standard best finish adaround brecq qdrop pdquant genie packptq output_kl"
+    names = "fast standard best finish adaround brecq qdrop pdquant genie packptq erq output_kl"
     assert set(PRESETS) == set(names.split())
     for name, recipe in PRESETS.items():
         assert Recipe.named(name) is recipe is getattr(Recipe, name.upper())
@@ -35,6 +35,7 @@ def test_names():
 def test_published_constants():
     learned = {name: set(recipe.stages) - {"ranges", "bias", "cat"} for name, recipe in PRESETS.items()}
     assert learned.pop("fast") == set()
+    assert learned.pop("erq") == {"reparameterize", "erq"}
     assert learned.pop("brecq") == {"units", "scales"}
     assert [learned.pop(name) for name in ("output_kl", "finish")] == [{"output_kl"}, {"finish"}]
     assert all("finish" in learned.pop(name) for name in ("standard", "best"))

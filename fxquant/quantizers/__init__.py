@@ -1,17 +1,20 @@
-"""Uniform affine quantizers, and the estimators that choose their scale and zero-point."""
+"""Uniform affine and logarithmic quantizers, and the estimators that choose their scale and zero-point."""
 
 from fxquant.quantizers.affine import QuantSpec, UniformQuantizer, round_ste
 from fxquant.quantizers.histogram import Histogram, HistogramObserver
+from fxquant.quantizers.logarithmic import LogQuantizer, log_quantizer
 from fxquant.quantizers.ranges import METHODS, activation_quantizer, estimate_range, weight_quantizer
 
 __all__ = [
     "METHODS",
     "Histogram",
     "HistogramObserver",
+    "LogQuantizer",
     "QuantSpec",
     "UniformQuantizer",
     "activation_quantizer",
     "estimate_range",
+    "log_quantizer",
     "round_ste",
     "weight_quantizer",
 ]

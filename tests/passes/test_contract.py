@@ -28,6 +28,8 @@ from fxquant.passes import (
     InsertFakeQuant,
     InsertObservers,
     ReconstructUnits,
+    ReduceError,
+    ReparameterizeNorms,
 )
 from fxquant.pipeline import Pass, Pipeline
 from fxquant.placement import place
@@ -43,7 +45,7 @@ RECIPE = Recipe(
     finish_checks=1,
 )
 CPU = torch.device("cpu")
-LEARNING = (ReconstructUnits, FinishNetwork)
+LEARNING = (ReduceError, ReconstructUnits, FinishNetwork)
 
 
 def before(step: type[Pass], gm: GraphModule) -> tuple[GraphModule, Pass]:
@@ -55,9 +57,11 @@ def before(step: type[Pass], gm: GraphModule) -> tuple[GraphModule, Pass]:
     batches = [images(4, dtype), images(3, dtype)]
     plan = place(teacher, 3, 4)
     build: dict[type[Pass], Callable[[], Pass]] = {
+        ReparameterizeNorms: lambda: ReparameterizeNorms(plan, batches, RECIPE),
         InsertObservers: lambda: InsertObservers(plan),
         InsertFakeQuant: lambda: InsertFakeQuant(plan, activation_quantizers(RECIPE), weight_quantizers(RECIPE)),
         CorrectBias: lambda: CorrectBias(teacher, batches, gain="spread"),
+        ReduceError: lambda: ReduceError(teacher, batches, plan, weight_quantizers(RECIPE), RECIPE),
         ReconstructUnits: lambda: ReconstructUnits(teacher, batches, RECIPE, 0, CPU),
         FinishNetwork: lambda: FinishNetwork(teacher, batches, batches, RECIPE, 0, CPU),
         Freeze: Freeze,

@@ -1,0 +1,156 @@
+"""ReduceError: closed forms in place of learning, layer by layer from the front."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxquant.erq import Gram, gram_bytes, ridge, round_compensated, search_ridge
+from fxquant.execution import Values, last_readers, sweep
+from fxquant.files import gib
+from fxquant.graph import module_of, put_module, sharing_copy
+from fxquant.kinds import WEIGHTED, kind
+from fxquant.passes.insert_fake_quant import InsertFakeQuant
+from fxquant.pipeline import Pass
+from fxquant.placement import LayerPlan, Plan
+from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers.layers import QuantizedLayer
+from fxquant.recipe import Recipe
+
+
+class ReduceError(Pass):
+    """Fit every layer to its quantized inputs by ridge regression, then round it so that the weights left make up for those rounded (ERQ).
+
+        x' -> linear(Q(W), b)                       =>     x' -> linear(Wq, b')         min E |Wq x' + b' - (W x + b)|^2
+
+    x is what reaches the layer in the float network, x' what reaches it behind all layers done so far, activations quantized; `fxquant.erq`
+    has the formulas. One forward pass in all: sums over the images are all that is kept. An output whose error would not be smaller than it
+    was stays as it is.
+
+    Args:
+        teacher: the float graph, with the same layers in the same order.
+        batches: calibration images ``[N, C, H, W]`` on the device of the graphs.
+        plan: the bits of every layer.
+        weights: makes the quantizer of a weight from its plan and its layer.
+        recipe: `erq_ridge`, `erq_flips` and `memory_gib`.
+    """
+
+    after = (InsertFakeQuant,)
+    preserves_output = False
+    verb = "fitted"
+
+    def __init__(
+        self,
+        teacher: GraphModule,
+        batches: Sequence[Tensor],
+        plan: Plan,
+        weights: Callable[[LayerPlan, nn.Module], UniformQuantizer],
+        recipe: Recipe,
+    ):
+        super().__init__()
+        self.teacher, self.batches, self.plan, self.weights, self.recipe = teacher, batches, plan, weights, recipe
+
+    def run(self, gm: GraphModule) -> None:
+        float_layers = ((module_of(node), values) for node, values in sweep(self.teacher, self.batches) if _is_layer(node))
+        parents = {node.all_input_nodes[0] for node in gm.graph.nodes if _is_layer(node)}
+        last, inputs = last_readers(gm), dict[Node, Values]()
+        for node, values in self.track(sweep(gm, self.batches), "reduce errors", len(gm.graph.nodes)):
+            if node in parents:
+                inputs[node] = values
+            if _is_layer(node):
+                (teacher, wanted), layer, read = next(float_layers), module_of(node), inputs[node.all_input_nodes[0]]
+                if isinstance(layer, QuantizedLayer):
+                    reason = self._unfit(layer)
+                    if reason:
+                        self.skip(node, reason)
+                    else:
+                        new = self._fitted(str(node.target), layer, teacher, read, wanted)
+                        put_module(gm, str(node.target), new)
+                        with torch.no_grad():
+                            values[:] = [new(x) for x in read]
+                        self.changed()
+            for parent in [parent for parent in inputs if last[parent] is node]:
+                del inputs[parent]
+        self.note(f"fitted to {sum(map(len, self.batches))} images")
+
+    def _unfit(self, layer: nn.Module) -> str | None:
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            return f"is a {type(layer).__name__.removeprefix('Quantized')}, no linear layer or 2-D convolution"
+        if isinstance(layer, nn.Conv2d):
+            if layer.groups != 1:
+                return "has groups"
+            if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+                return f"pads with {layer.padding_mode!r}, {layer.padding!r}"
+        need = gram_bytes(layer.weight[0].numel(), len(layer.weight))
+        if need > self.recipe.memory_gib * 2**30:
+            return f"its sums take {gib(need)}, which is beyond memory_gib"
+        return None
+
+    @torch.no_grad()
+    def _fitted(self, name: str, layer: QuantizedLayer, teacher: nn.Module, read: Values, wanted: Values) -> QuantizedLayer:
+        """Return the layer with new weights, scales and bias."""
+        assert isinstance(teacher, nn.Linear | nn.Conv2d)
+        folds = _folds(layer, read, wanted)
+        gram = folds[0] + folds[1]
+        start = _with_bias(teacher.weight, teacher.bias)
+        share = self.recipe.erq_ridge or search_ridge(folds, start)
+        real = start if share is None else ridge(gram, start, share)
+        float_layer = sharing_copy(teacher)
+        float_layer.weight = nn.Parameter(real[:, :-1].reshape(teacher.weight.shape).to(teacher.weight), requires_grad=False)
+        quantizer = self.weights(self.plan.layers[name], float_layer)
+        quantizer, codes, bias = round_compensated(gram, real, quantizer, share or 1e-2, self.recipe.erq_flips)
+        return _taken(layer, gram, quantizer, codes.reshape(layer.weight.shape), bias)
+
+
+def _taken(layer: QuantizedLayer, gram: Gram, quantizer: UniformQuantizer, codes: Tensor, bias: Tensor) -> QuantizedLayer:
+    """Return the layer with those of the new outputs that have a smaller error than they have now, as computed in its own precision."""
+    old, like = layer.weight_quantizer, layer.weight
+    weight, bias = quantizer.dequantize(codes.to(like)), bias.to(like)
+    before = gram.error(_with_bias(layer.used_weight(), layer.bias))
+    better = gram.error(_with_bias(weight, bias)) < before
+    old_bias = torch.zeros_like(bias) if layer.bias is None else layer.bias
+    new = sharing_copy(layer)
+    scale, zero = (torch.where(better, mine, its) for mine, its in ((quantizer.scale, old.scale), (quantizer.zero_point, old.zero_point)))
+    new.weight_quantizer = UniformQuantizer(old.spec, scale, zero)
+    rows = better.view(-1, *[1] * (like.ndim - 1))
+    new.weight = nn.Parameter(torch.where(rows, weight, layer.used_weight()), requires_grad=False)
+    new.bias = nn.Parameter(torch.where(better, bias, old_bias), requires_grad=False)
+    return new
+
+
+def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``[outputs, inputs + 1]`` in float64, the biases last."""
+    rows = weight.detach().flatten(1).double()
+    return torch.cat([rows, (rows.new_zeros(len(rows)) if bias is None else bias.detach().double())[:, None]], 1)
+
+
+def _folds(layer: nn.Module, read: Values, wanted: Values) -> tuple[Gram, Gram]:
+    """Return the sums over every second image, and over the others."""
+    assert isinstance(layer.weight, Tensor)
+    inputs, outputs = layer.weight[0].numel(), len(layer.weight)
+    folds = Gram.empty(inputs, outputs, layer.weight.device), Gram.empty(inputs, outputs, layer.weight.device)
+    for x, y in zip(read, wanted, strict=True):
+        for start, fold in enumerate(folds):
+            for some, its in _tokens(layer, x, y, start):
+                fold.add(some, its)
+    return folds
+
+
+def _tokens(layer: nn.Module, x: Tensor, y: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield every second image (of a single one: token) from `start` on as tokens ``[n, inputs]`` and ``[n, outputs]``."""
+    if isinstance(layer, nn.Conv2d):
+        for image, its in zip(x[start::2].split(1), y[start::2].split(1), strict=True):
+            columns = F.unfold(image, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+            yield columns[0].T, its[0].flatten(1).T
+    elif len(x) > 1:
+        yield x[start::2].flatten(0, -2), y[start::2].flatten(0, -2)
+    else:
+        yield x.flatten(0, -2)[start::2], y.flatten(0, -2)[start::2]
+
+
+def _is_layer(node: Node) -> bool:
+    return node.op == "call_module" and kind(node) in WEIGHTED

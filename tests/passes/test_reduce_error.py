@@ -1,0 +1,147 @@
+"""ReduceError: no output of a layer gets worse, what it does not know is named, and the result is a quantized network like any other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nets import apply, images, make, prepared
+from test_insert_fake_quant import MINMAX
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import fxquant
+from fxquant import Recipe
+from fxquant.calibration import activation_quantizers, weight_quantizers
+from fxquant.execution import sweep
+from fxquant.graph import called
+from fxquant.passes import InsertFakeQuant, InsertObservers, ReduceError
+from fxquant.passes.reduce_error import _folds
+from fxquant.placement import place
+from fxquant.quantizers.layers import QuantizedLayer
+
+BATCHES = [images(12), images(7)]
+
+
+def quantized(
+    name: str | nn.Module, w: int = 3, a: int | None = 4, recipe: Recipe = MINMAX
+) -> tuple[GraphModule, GraphModule, ReduceError]:
+    teacher = prepared(name)
+    plan = place(teacher, w, a, "same")
+    observed, _ = apply(teacher, InsertObservers(plan))
+    for batch in BATCHES:
+        observed(batch)
+    gm, _ = apply(observed, InsertFakeQuant(plan, activation_quantizers(recipe), weight_quantizers(recipe)))
+    return teacher, gm, ReduceError(teacher, BATCHES, plan, weight_quantizers(recipe), recipe)
+
+
+def outputs(gm: GraphModule) -> dict[str, Tensor]:
+    found = {}
+    for node, values in sweep(gm, BATCHES):
+        if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.Linear | nn.Conv2d):
+            found[str(node.target)] = torch.cat([v.flatten(0, -2) if v.ndim < 4 else v.movedim(1, -1).flatten(0, -2) for v in values])
+    return found
+
+
+def error(wanted: Tensor, got: Tensor) -> Tensor:
+    return (wanted - got).double().square().sum(0)
+
+
+@pytest.mark.parametrize("w", [2, 3, 8])
+@pytest.mark.parametrize("name", ["attention", "linear_norm", "residual", "squeeze_excite"])
+def test_layers_come_closer(name, w, untouched):
+    teacher, gm, step = quantized(name, w)
+    with untouched(gm), untouched(teacher):
+        new, log = apply(gm, step)
+    layers = [str(node.target) for node, part in called(gm) if isinstance(part, QuantizedLayer)]
+    assert log.count + len(log.skipped) == len(layers)
+    assert log.notes == ["fitted to 19 images"]
+    wanted, before, behind = outputs(teacher), outputs(gm), outputs(new)
+    first, last = layers[0], layers[-1]
+    assert bool((error(wanted[first], behind[first]) <= error(wanted[first], before[first]) * (1 + 1e-4) + 1e-6).all())
+    if w < 8:  # else it is the inputs that err
+        assert error(wanted[last], behind[last]).sum() < 0.8 * error(wanted[last], before[last]).sum()
+
+
+def test_one_layer_never_gets_worse():
+    """An output is only taken when it is nearer to the float one than before, whatever its inputs."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(768, 6, bias=bool(seed % 2)))
+        teacher, gm, step = quantized(net, 2 + seed)
+        new, _ = apply(gm, step)
+        errors = [error(outputs(teacher)["1"], outputs(graph)["1"]) for graph in (gm, new)]
+        assert bool((errors[1] <= errors[0]).all())
+        assert errors[1].sum() < errors[0].sum()
+        assert new.get_submodule("1").bias is not None
+
+
+def test_weights_stay_on_their_grid():
+    _, gm, step = quantized("attention", 3)
+    new, _ = apply(gm, step)
+    for (node, old), (_, part) in zip(called(gm), called(new), strict=True):
+        if isinstance(part, QuantizedLayer):
+            assert torch.equal(part.weight, part.weight_quantizer(part.weight)), node
+            assert part.weight_quantizer.spec == old.weight_quantizer.spec
+            assert not part.frozen
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"), [("transposed", {"3", "6"}), ("one_dimension", {"layers.0", "layers.3"}), ("mobile", {"b.3", "c.3"})]
+)
+def test_refusals(name, refused):
+    _, gm, step = quantized(name)
+    new, log = apply(gm, step)
+    assert {where for where, _ in log.skipped} == refused
+    assert all("has groups" in why or "no linear layer or 2-D convolution" in why for _, why in log.skipped)
+    assert all(new.get_submodule(path) is gm.get_submodule(path) for path in refused)
+
+
+def test_sums_beyond_the_budget_are_refused():
+    _, gm, step = quantized("attention", recipe=MINMAX.replace(memory_gib=0.001))
+    assert apply(gm, step)[1].skipped == []
+    net = nn.Sequential(nn.Flatten(), nn.Linear(768, 6))
+    _, gm, step = quantized(net, recipe=MINMAX.replace(memory_gib=0.001))
+    _, log = apply(gm, step)
+    assert [where for where, _ in log.skipped] == ["1"]
+    assert "which is beyond memory_gib" in log.skipped[0][1]
+
+
+@pytest.mark.parametrize(("size", "stride", "padding", "dilation"), [(3, 1, 1, 1), (3, 2, 0, 2), ((1, 3), (2, 1), (0, 1), 1), (4, 4, 0, 1)])
+def test_convolutions_are_their_matrices(size, stride, padding, dilation):
+    layer = nn.Conv2d(3, 5, size, stride, padding, dilation).double()
+    x = images(6, torch.float64)
+    y = layer(x).detach()
+    one, other = _folds(layer, [x[:4], x[4:]], [y[:4], y[4:]])
+    weight = torch.cat([layer.weight.flatten(1), layer.bias[:, None]], 1).detach()
+    assert one.count == other.count == y[:3, 0].numel()
+    assert float((one + other).error(weight).sum()) < 1e-9 * float(y.square().sum())
+
+
+def test_a_single_image_is_cut_into_tokens():
+    layer = nn.Linear(4, 3)
+    x = torch.randn(1, 7, 4)
+    one, other = _folds(layer, [x], [layer(x).detach()])
+    assert (one.count, other.count) == (4, 3)
+
+
+@pytest.mark.parametrize("name", ["residual", "attention"])
+def test_the_recipe(tmp_path, name):
+    net = make(name)
+    qmodel = fxquant.quantize(net, BATCHES, 3, 4, recipe="erq", progress=False)
+    plain = fxquant.quantize(net, BATCHES, 3, 4, recipe=Recipe(stages=("ranges",)), progress=False)
+    with torch.no_grad():
+        wanted = net(BATCHES[0])
+        errors = [(network(BATCHES[0]) - wanted).norm() for network in (qmodel, plain)]
+    assert name == "attention" or errors[0] < 0.7 * errors[1]  # which has sums of random tokens that no layer can mend
+    assert "reduce_error" in str(fxquant.report(qmodel))
+    fxquant.save(qmodel, tmp_path / "q.safetensors")
+    assert torch.equal(fxquant.load(tmp_path / "q.safetensors", make(name))(BATCHES[0]), qmodel(BATCHES[0]))
+    again = fxquant.quantize(net, BATCHES, 3, 4, recipe="erq", progress=False)
+    assert torch.equal(again(BATCHES[0]), qmodel(BATCHES[0]))
+
+
+def test_fewer_tokens_than_columns():
+    net = make("linear_norm")
+    few = [images(2)]
+    qmodel = fxquant.quantize(net, few, 4, 4, recipe="erq", cat=False, progress=False)
+    assert bool(qmodel(images(5)).isfinite().all())
