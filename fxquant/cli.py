@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_demo(options: argparse.Namespace) -> None:
     if options.out:
-        _check_target(options.out)
+        check_target(options.out)
     demo.run(
         Console(),
         seed=options.seed,
@@ -86,7 +86,7 @@ def run_quantize(options: argparse.Namespace) -> None:
     narrator = Narrator(not options.quiet)
     recipe, overrides = read_recipe(options.recipe), read_overrides(options.override)
     network = _network(options, options.weights)
-    _check_target(options.out)
+    check_target(options.out)
     folder = ImageFolder(options.data, preprocessing(network), options.images, options.seed)
     images = [batch for batch, _ in narrator.bar(folder.loader(options.batch_size, options.workers), "read images")]
     qmodel = fxquant.quantize(
@@ -244,7 +244,7 @@ def _network(options: argparse.Namespace, weights: str | None) -> Network:
     return network
 
 
-def _check_target(out: str) -> None:
+def check_target(out: str) -> None:
     """Say now what would otherwise be said after all the work."""
     if not Path(out).resolve().parent.is_dir():
         raise ConfigError("its folder does not exist", where=out, fix="Make it first")

@@ -67,7 +67,7 @@ def run_export(options: argparse.Namespace) -> None:
     if options.clip and options.pt2:
         raise ConfigError("is a form of ONNX", where="--clip", fix="Use --onnx instead of --pt2, or leave --clip out")
     out = options.onnx or options.pt2
-    cli._check_target(out)
+    cli.check_target(out)
     network, qmodel = _loaded(options)
     images = None
     if options.data:
@@ -93,7 +93,7 @@ def run_export(options: argparse.Namespace) -> None:
 
 def run_bench(options: argparse.Namespace) -> None:
     for out in filter(None, (options.plot, options.json)):
-        cli._check_target(out)
+        cli.check_target(out)
     if options.plot:
         _require_matplotlib()
     network, qmodel = _loaded(options) if options.file else _random(options)

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from fxquant.deploy import cpu, cuda
 from fxquant.errors import ConfigError, FxquantWarning, ModelError, one_of
+from fxquant.graph import device_of
 from fxquant.passes import LowerInteger
 from fxquant.passes.lower_integer import Backend
 from fxquant.pipeline import Pipeline
@@ -33,7 +34,7 @@ def lower(qmodel: nn.Module, backend: str = "cpu") -> GraphModule:
 
     Args:
         qmodel: what `fxquant.quantize` or `fxquant.load` returned, in float32.
-        backend: ``"cpu"``: x86 with VNNI, through oneDNN. ``"cuda"``: int8 tensor cores; the result is on the GPU.
+        backend: ``"cpu"``: x86 with VNNI, through oneDNN. ``"cuda"``: int8 tensor cores. The result is on that device.
 
     Raises:
         ConfigError: an unknown backend.
@@ -52,9 +53,10 @@ def lower(qmodel: nn.Module, backend: str = "cpu") -> GraphModule:
     if reason is not None:
         warnings.warn(f"backend {backend!r}: the simulation comes back, in floats: {reason}.", FxquantWarning, stacklevel=2)
         return gm
-    engine: Backend = cpu.CpuBackend()
-    if backend == "cuda":
-        gm, engine = copy.deepcopy(gm).to("cuda"), cuda.CudaBackend("cuda")
+    device = device_of(gm)
+    if device is not None and device.type != backend:
+        gm = copy.deepcopy(gm).to(backend)
+    engine: Backend = cpu.CpuBackend() if backend == "cpu" else cuda.CudaBackend()
     lowering = LowerInteger(engine)
     lowered = Pipeline([lowering]).run(gm)
     if not lowering.log.count:

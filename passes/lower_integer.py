@@ -13,7 +13,7 @@ from fxquant.deploy.integers import Grid, IntegerLayer, integer_layer
 from fxquant.deploy.moves import carried_grids, copy_on_bytes, cut_of, pooled_bytes, terms_of
 from fxquant.deploy.pooled import PooledIntegerLayer
 from fxquant.graph import called, free_path, insert_behind, is_tensor, module_of, put_module
-from fxquant.kinds import QUANTIZED, kind
+from fxquant.kinds import QUANTIZED, WEIGHTED, kind
 from fxquant.passes.append_cat import AppendCAT
 from fxquant.passes.freeze import Freeze
 from fxquant.pipeline import Pass
@@ -95,8 +95,8 @@ class LowerInteger(Pass):
         """Return a layer that reads bytes, or their global means, as integers; otherwise note why it is none."""
         module = module_of(node) if node.op == "call_module" else None
         if not isinstance(module, QuantizedLayer):
-            weighted = "its weight is float" if module is not None else "both operands are on their grids, the products are of floats"
-            self.skip(layer_name(node), weighted)
+            two = "multiplies two tensors, the products are of floats"
+            self.skip(layer_name(node), "its weight is float" if kind(node) in WEIGHTED else two)
             return None
         source = node.all_input_nodes[0]
         if source not in self.grids:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from fxquant.deploy.integers import Grid
 
 
-class Quantize(nn.Module):
-    """Float tensors to bytes on `grid`: ``clamp(round(x / s) + z, low, high)``, as the simulation rounds."""
+class _Boundary(nn.Module):
+    """Keeps the scale of `grid` as a tensor: CUDA divides by a number as by its reciprocal, and rounds otherwise than the simulation."""
 
     scale: Tensor
 
@@ -18,32 +18,26 @@ class Quantize(nn.Module):
         super().__init__()
         self.grid = grid
         self.register_buffer("scale", torch.tensor(grid.scale, dtype=torch.float32))
+
+    def extra_repr(self) -> str:
+        return str(self.grid)
+
+
+class Quantize(_Boundary):
+    """Float tensors to bytes on `grid`: ``clamp(round(x / s) + z, low, high)``, as the simulation rounds."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the bytes, uint8, of the shape of x."""
         grid = self.grid
         return ((x / self.scale).round() + grid.zero_point).clamp(grid.low, grid.high).to(torch.uint8)
 
-    def extra_repr(self) -> str:
-        return str(self.grid)
 
-
-class Dequantize(nn.Module):
+class Dequantize(_Boundary):
     """Bytes to the float32 values that they stand for: ``(byte - z) * s``."""
-
-    scale: Tensor
-
-    def __init__(self, grid: Grid):
-        super().__init__()
-        self.grid = grid
-        self.register_buffer("scale", torch.tensor(grid.scale, dtype=torch.float32))
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return float32 of the shape of the bytes."""
         return (codes.float() - self.grid.zero_point) * self.scale
-
-    def extra_repr(self) -> str:
-        return str(self.grid)
 
 
 class ByteMaxPool2d(nn.MaxPool2d):

@@ -262,9 +262,6 @@ class CudaBackend:
         int_mm: of `CudaIntegerLayer`.
     """
 
-    overwrites = False
-    """Layers leave the residual they are given as it is."""
-
     def __init__(self, device: torch.device | str = "cuda", pack: bool = False, int_mm: bool = True):
         self.device, self.pack, self.int_mm = torch.device(device), pack, int_mm
 

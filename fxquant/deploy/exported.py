@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from fxquant.graph import called
 from fxquant.quantizers import UniformQuantizer
 from fxquant.record import Record
 from fxquant.tracing.leaves import unwrap
+from fxquant.tree import tensors_of
 
 ROUNDING = 1e-5
 """Over the root mean square of a tensor: some times what float32 sums of another order are apart, so that ties are met for sure.
@@ -125,15 +126,6 @@ def captured(network: GraphModule, images: Tensor, where: str) -> torch.export.E
         ) from error
 
 
-def flat(value: Any) -> list[Tensor]:
-    """Return the tensors in an output, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [tensor for item in value for tensor in flat(item)] if isinstance(value, Sequence) and not isinstance(value, str) else []
-
-
 def image_errors(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> Tensor:
     """Return the relative error of every image, the worst of all outputs."""
     errors = [torch.zeros(1, dtype=torch.float64)]
@@ -159,7 +151,7 @@ def rounding_errors(network: GraphModule, images: Tensor, wanted: Sequence[Tenso
     for _, module in called(moved):
         if isinstance(module, UniformQuantizer):
             module.register_forward_pre_hook(move)
-    return image_errors(wanted, flat(moved(images)))
+    return image_errors(wanted, tensors_of(moved(images)))
 
 
 def compare(path: Path, network: GraphModule, batches: Sequence[Tensor], outputs: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
@@ -171,7 +163,7 @@ def compare(path: Path, network: GraphModule, batches: Sequence[Tensor], outputs
     errors, largest, square, norm, same = [], 0.0, 0.0, 0.0, []
     for batch, got in zip(batches, outputs, strict=True):
         with torch.no_grad():
-            wanted = flat(network(batch.clone()))
+            wanted = tensors_of(network(batch.clone()))
         shapes = [list(value.shape) for value in wanted], [list(value.shape) for value in got]
         if shapes[0] != shapes[1]:
             raise ExportError(f"gives shapes {shapes[1]} for {len(batch)} images, not {shapes[0]}", where=str(path), fix=REPORT)
@@ -187,7 +179,7 @@ def compare(path: Path, network: GraphModule, batches: Sequence[Tensor], outputs
     median = torch.cat(errors).median().item()
     if median > MOST_ERROR:
         with torch.no_grad():
-            own = rounding_errors(network, batches[0], flat(network(batches[0].clone())))
+            own = rounding_errors(network, batches[0], tensors_of(network(batches[0].clone())))
         if median > max(MOST_ERROR, 2 * own.max().item()):
             raise ExportError(f"computes other values: relative error {median:.2g} of an image", where=str(path), fix=REPORT)
     return {

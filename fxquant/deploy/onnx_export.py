@@ -28,7 +28,6 @@ from fxquant.deploy.exported import (
     compare,
     exportable,
     first_line,
-    flat,
     image_errors,
     is_logits,
     write,
@@ -38,6 +37,7 @@ from fxquant.errors import ExportError
 from fxquant.execution import sweep
 from fxquant.graph import module_of
 from fxquant.quantizers import UniformQuantizer
+from fxquant.tree import tensors_of
 
 SAME = 1e-4
 """The relative error of outputs computed from equal codes, in another order."""
@@ -75,7 +75,7 @@ def export_onnx(qmodel: nn.Module, path: str | os.PathLike[str], *, clip: bool =
         raise ExportError(f"is {dtype}, and QuantizeLinear takes float32", where=str(path), fix="Give qmodel.float()")
     batches = batches_of(network, images)
     with torch.no_grad():
-        outputs = flat(network(batches[0].clone()))
+        outputs = tensors_of(network(batches[0].clone()))
     names = ["logits" if is_logits(outputs) else "output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
     model = _converted(network, batches[0], names, opset, str(path))
     rewriter = Rewriter(network, clip)
@@ -221,7 +221,7 @@ def _compare_codes(model: Any, network: GraphModule, images: Tensor, values: dic
         if any(reader.op == "call_module" and isinstance(module_of(reader), UniformQuantizer) for reader in node.users):
             ahead[node] = mine[0]
         if node.op == "output":
-            result = flat(mine[0])
+            result = tensors_of(mine[0])
     error = image_errors(result, got[:outputs]).max().item()
     if error > SAME:
         raise ExportError(f"computes other outputs from equal codes: relative error {error:.2g}", where=where, fix=REPORT)

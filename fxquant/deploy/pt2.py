@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.deploy.exported import Exported, batches_of, captured, compare, exportable, first_line, flat, write
+from fxquant.deploy.exported import Exported, batches_of, captured, compare, exportable, first_line, write
 from fxquant.errors import ExportError
+from fxquant.tree import tensors_of
 
 
 def export_pt2(qmodel: nn.Module, path: str | os.PathLike[str], *, images: Tensor | None = None) -> Exported:
@@ -39,7 +40,7 @@ def export_pt2(qmodel: nn.Module, path: str | os.PathLike[str], *, images: Tenso
         content = buffer.getvalue()
         loaded: Any = torch.export.load(io.BytesIO(content)).module()
         with torch.no_grad():
-            outputs = [flat(loaded(batch.clone())) for batch in batches]
+            outputs = [tensors_of(loaded(batch.clone())) for batch in batches]
     except Exception as error:  # torch.export raises of many kinds, not all public
         raise ExportError(
             f"does not come back from torch.export.save: {first_line(error)}",

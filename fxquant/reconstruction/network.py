@@ -24,6 +24,7 @@ from fxquant.reconstruction.learners import Learners, without_gradients
 from fxquant.reconstruction.losses import annealed, cosine, feature_loss, prediction_loss
 from fxquant.reconstruction.unit import Show, can_fuse
 from fxquant.reconstruction.views import Views
+from fxquant.tree import tensors_of
 
 State = dict[str, Tensor]
 
@@ -175,7 +176,7 @@ class NetworkTraining:
             loss = loss + settings.kl_weight * prediction_loss(mine, theirs, settings.temperature)
         features, wanted = list(features), list(wanted)
         if not logits:
-            features, wanted = [*features, *tensors(mine)], [*wanted, *tensors(theirs)]
+            features, wanted = [*features, *tensors_of(mine)], [*wanted, *tensors_of(theirs)]
         if features and (settings.feature_weight or not logits):
             loss = loss + (settings.feature_weight if logits else 1.0) * feature_loss(features, wanted)
         if settings.penalty:
@@ -191,13 +192,13 @@ class NetworkTraining:
         mine = self._outputs(self.student, self.held_out)
         if is_logits(mine):
             return self.settings.kl_weight * prediction_loss(mine, self.wanted, self.settings.temperature).item()
-        return feature_loss(tensors(mine), tensors(self.wanted)).item()
+        return feature_loss(tensors_of(mine), tensors_of(self.wanted)).item()
 
     def _outputs(self, graph: GraphModule, images: Tensor) -> Any:
         parts = [graph(part)[0] for part in images.split(128)]
         if is_logits(parts[0]):
             return torch.cat(parts)
-        return [torch.cat(values) for values in zip(*map(tensors, parts), strict=True)]
+        return [torch.cat(values) for values in zip(*map(tensors_of, parts), strict=True)]
 
     def _checked(self, average: list[Tensor] | None) -> float:
         if average is None:
@@ -263,11 +264,3 @@ def with_features(gm: GraphModule, nodes: Sequence[str]) -> GraphModule:
 def is_logits(output: object) -> bool:
     """Say whether a network's output is one ``[N, C]`` tensor."""
     return isinstance(output, Tensor) and output.ndim == 2
-
-
-def tensors(output: Any) -> list[Tensor]:
-    """Return the tensors in a nested output."""
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
-    return [tensor for value in values for tensor in tensors(value)]

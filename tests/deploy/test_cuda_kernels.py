@@ -460,7 +460,6 @@ def test_inputs_that_cannot_be_meant():
 @once
 def test_backend_builds():
     backend = CudaBackend(pack=True)
-    assert not backend.overwrites
     for bits in (2, 4, 8):
         assert backend.build(make_layer(8, 4, bits=bits)).weight_bits == bits
     assert CudaBackend(int_mm=False).build(make_layer(8, 4, kernel=())).int_mm is False

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.deploy import exported
-from fxquant.deploy.exported import batches_of, compare, flat, image_errors, rounding_errors
+from fxquant.deploy.exported import batches_of, compare, image_errors, rounding_errors
 from fxquant.deploy.pt2 import export_pt2
 from fxquant.errors import ExportError
+from fxquant.tree import tensors_of
 
 
 def quantize(net: nn.Module, w: int | None = 2, a: int | None = 2, dtype: torch.dtype = torch.float32) -> torch.fx.GraphModule:
@@ -38,7 +39,7 @@ def test_there_and_back(tmp_path, name, untouched):
     assert result.opset is None and result.batches == (4, 1) and result.max_difference < 1e-5
     loaded = torch.export.load(tmp_path / "a.pt2").module()
     for count in (1, 5):
-        for got, wanted in zip(flat(loaded(images(count))), flat(quantized(images(count))), strict=True):
+        for got, wanted in zip(tensors_of(loaded(images(count))), tensors_of(quantized(images(count))), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt2"]
 
@@ -179,7 +180,7 @@ def test_image_errors():
 
 def test_flat():
     a, b, c = torch.zeros(1), torch.zeros(2), torch.zeros(3)
-    assert [len(value) for value in flat({"x": a, "y": [b, (c,)], "z": None, "name": "text"})] == [1, 2, 3]
+    assert [len(value) for value in tensors_of({"x": a, "y": [b, (c,)], "z": None, "name": "text"})] == [1, 2, 3]
 
 
 def test_batches(small):

@@ -13,8 +13,9 @@ from torch.fx import GraphModule
 
 from fxquant.quantizers.learned import LatentWeight, LearnedQuantizer
 from fxquant.reconstruction.learners import Learners, put_modules
-from fxquant.reconstruction.network import NetworkTraining, Settings, is_logits, tensors, with_features
+from fxquant.reconstruction.network import NetworkTraining, Settings, is_logits, with_features
 from fxquant.reconstruction.views import Views
+from fxquant.tree import tensors_of
 from fxquant.units import cut
 
 COUNT = 20
@@ -276,7 +277,7 @@ def test_a_network_without_logits_is_trained_by_its_features():
     views = Views([X], torch.arange(4, COUNT), [X], "none", 0.0, 8, 0)
     groups = [([learner.latent for learner in learners.weights.values()], 0.02), (list(learners.biases.values()), 1e-3)]
     training = NetworkTraining(learners, teacher, [], views, X[:4], groups, replace(PLAIN, feature_weight=0.0), CPU)
-    mine, theirs = tensors(student(X[:4])), tensors(teacher(X[:4]))
+    mine, theirs = tensors_of(student(X[:4])), tensors_of(teacher(X[:4]))
     assert len(mine) == 3 and not is_logits(student(X[:4]))
     expected = sum((m - t).square().sum() / t.square().sum() for m, t in zip(mine, theirs, strict=True)).item() / 3
     assert training.held_out_error() == pytest.approx(expected, rel=1e-4)
