@@ -12,8 +12,8 @@ from fxquant.data import first_images
 from fxquant.execution import peak_bytes
 from fxquant.placement import LayerPlan, TensorPlan
 from fxquant.quantizers import (
-    HistogramObserver,
     LogQuantizer,
+    Observer,
     QuantSpec,
     UniformQuantizer,
     activation_quantizer,
@@ -36,14 +36,14 @@ def weight_quantizers(recipe: Recipe) -> Callable[[LayerPlan, nn.Module], Unifor
     return make
 
 
-def activation_quantizers(recipe: Recipe) -> Callable[[TensorPlan, HistogramObserver], UniformQuantizer | LogQuantizer]:
-    """Return what makes the quantizer of a tensor from what its observer saw: one scale and zero-point a tensor."""
+def activation_quantizers(recipe: Recipe) -> Callable[[TensorPlan, Observer], UniformQuantizer | LogQuantizer]:
+    """Return what makes the quantizer of a tensor from what its observer saw: one scale and zero-point a tensor, or index of its axis."""
 
-    def make(plan: TensorPlan, observer: HistogramObserver) -> UniformQuantizer | LogQuantizer:
+    def make(plan: TensorPlan, observer: Observer) -> UniformQuantizer | LogQuantizer:
         if plan.softmax and recipe.softmax_quantizer != "uniform":
             return log_quantizer(observer, plan.bits, recipe.softmax_quantizer, p=recipe.activation_p)
-        signed = recipe.activation_symmetric and observer.seen and bool(observer.low < 0)
-        spec = QuantSpec(plan.bits, signed=signed, symmetric=recipe.activation_symmetric)
+        signed = recipe.activation_symmetric and observer.seen and bool((observer.low < 0).any())
+        spec = QuantSpec(plan.bits, signed=signed, symmetric=recipe.activation_symmetric, axis=plan.axis)
         return activation_quantizer(observer, spec, recipe.activation_range, p=recipe.activation_p, percentile=recipe.percentile)
 
     return make

@@ -22,7 +22,7 @@ Wqer    the error of the rounding: half of the columns left are rounded, the oth
         of which a flip of one code by one step s changes ``2 s (e1 S)_i + s^2 S_ii``: the best flip of each row is taken while it lowers P.
         (The paper takes A11 / N for S, and the entry with the largest gradient.)
 
-        At the end b, the scale of each row and single codes are optimal given all others.
+        At the end b, the scale of each row (or both of them, `fxquant.quantizers.dual`) and single codes are optimal given all others.
 
 lambda is a share of the mean square of a column of X, for each token: ``lambda = share * tr(A) / (d + 1)``, tr(A) being a sum over tokens.
 """
@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from fxquant.quantizers.affine import UniformQuantizer
+from fxquant.quantizers.dual import DualQuantizer
 
 SHARES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """The ridges that a search tries."""
@@ -113,21 +114,20 @@ def search_ridge(folds: Sequence[Gram], weight: Tensor, shares: Sequence[float] 
 def round_compensated(
     gram: Gram, weight: Tensor, quantizer: UniformQuantizer, share: float, flips: int = 100
 ) -> tuple[UniformQuantizer, Tensor, Tensor]:
-    """Wqer: round the weights ``[outputs, inputs + 1]`` (biases last) to the grids of `quantizer`, one an output.
+    """Wqer: round the weights ``[outputs, inputs + 1]`` (biases last) to the grids of `quantizer`, one or two an output.
 
     Args:
         gram: the sums over the calibration tokens.
         weight: the real weights and biases to come close to.
-        quantizer: scales and zero-points to start with, one an output.
+        quantizer: scales and zero-points to start with.
         share: the ridge.
         flips: most flips a row in each refinement.
 
     Returns:
         the quantizer with its final scales, codes ``[outputs, inputs]`` and biases ``[outputs]``, all in float64.
     """
-    spec = quantizer.spec
-    scale, zero = quantizer.scale.double(), quantizer.zero_point.double()
-    ladder = Ladder(spec.qmin, spec.qmax)
+    ladder, shape = Ladder(quantizer.spec.qmin, quantizer.spec.qmax), weight[:, :-1].shape
+    scale, zero = (quantizer.along(part.double(), weight).expand(shape) for part in (quantizer.scale, quantizer.zero_point))
     damping = share * _mean_square(gram.a)
     codes, real, done = torch.empty_like(weight[:, :-1]), weight.clone(), 0
     while done < codes.shape[1]:
@@ -135,12 +135,19 @@ def round_compensated(
         cross = gram.a[cut:, done:cut]
         made_up = torch.cholesky_solve(cross, _factor(gram.a[cut:, cut:], damping))  # (A22 + lambda I)^-1 A21
         left = gram.a[done:cut, done:cut] - cross.T @ made_up
-        block = real[:, done:cut]
-        codes[:, done:cut] = refine(ladder.nearest(block, scale, zero), block, scale, zero, left, ladder, flips)
-        real[:, cut:] -= (ladder.values(codes[:, done:cut], scale, zero) - block) @ made_up.T
+        block, grid = real[:, done:cut], (scale[:, done:cut], zero[:, done:cut])
+        codes[:, done:cut] = refine(ladder.nearest(block, *grid), block, *grid, left, ladder, flips)
+        real[:, cut:] -= (ladder.values(codes[:, done:cut], *grid) - block) @ made_up.T
         done = cut
-    codes, scale, bias = _polish(gram, weight, codes, scale, zero, ladder, flips)
-    return UniformQuantizer(spec, scale.to(quantizer.scale), quantizer.zero_point), codes, bias
+    groups = [quantizer.outlier.logical_not(), quantizer.outlier] if isinstance(quantizer, DualQuantizer) else [slice(None)]
+    codes, scale, bias = _polish(gram, weight, codes, scale, zero, ladder, flips, groups)
+    return _rescaled(quantizer, [scale[:, group][:, 0] for group in groups]), codes, bias
+
+
+def _rescaled(quantizer: UniformQuantizer, scales: list[Tensor]) -> UniformQuantizer:
+    if isinstance(quantizer, DualQuantizer):
+        return DualQuantizer(quantizer.spec, torch.stack(scales, 1).to(quantizer.scale), quantizer.zero_point, quantizer.outlier)
+    return UniformQuantizer(quantizer.spec, scales[0].to(quantizer.scale), quantizer.zero_point)
 
 
 @dataclass(frozen=True)
@@ -151,13 +158,13 @@ class Ladder:
     qmax: int
 
     def nearest(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """Return the nearest codes of ``weight [outputs, columns]``."""
-        return ((weight / scale[:, None]).round() + zero[:, None]).clamp(self.qmin, self.qmax)
+        """Return the nearest codes of ``weight [outputs, columns]``; scale and zero broadcast to it."""
+        return ((weight / scale).round() + zero).clamp(self.qmin, self.qmax)
 
     @staticmethod
     def values(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return the weights that codes stand for."""
-        return (codes - zero[:, None]) * scale[:, None]
+        return (codes - zero) * scale
 
 
 def refine(codes: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, left: Tensor, ladder: Ladder, flips: int) -> Tensor:
@@ -165,7 +172,7 @@ def refine(codes: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, left: Ten
 
     Args:
         codes, weight: ``[outputs, columns]``; e is the difference of what the codes stand for and the weight.
-        scale, zero: the grid of each output.
+        scale, zero: the grid of each weight, ``[outputs, columns]``.
         left: the matrix S ``[columns, columns]``.
         ladder: what codes there are.
         flips: at most so many a row.
@@ -178,7 +185,7 @@ def refine(codes: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, left: Ten
     for _ in range(flips):
         step = -slope[rows].sign()
         there = codes[rows] + step
-        change = scale[rows, None] * (step * slope[rows] + scale[rows, None] * curve)
+        change = scale[rows] * (step * slope[rows] + scale[rows] * curve)
         best, place = change.masked_fill((there < ladder.qmin) | (there > ladder.qmax) | (step == 0), torch.inf).min(1)
         going = best < -enough[rows]
         if not bool(going.any()):
@@ -186,17 +193,17 @@ def refine(codes: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, left: Ten
         rows, place, step = rows[going], place[going], step[going]
         step = step.gather(1, place[:, None]).squeeze(1)
         codes[rows, place] += step
-        slope[rows] += 2 * (step * scale[rows])[:, None] * left[place]
+        slope[rows] += 2 * (step * scale[rows, place])[:, None] * left[place]
     return codes
 
 
 def _polish(
-    gram: Gram, weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, ladder: Ladder, flips: int
+    gram: Gram, weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, ladder: Ladder, flips: int, groups: Sequence[Tensor | slice]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes, scales and biases of which each is optimal given the others (of the codes: no single flip helps).
 
     With the bias made up for exactly, ``S = A_dd - a a^T / N``; the scale of a row with the integers ``u = codes - zero`` is a regression
-    on one variable, ``s = (u S w) / (u S u)``.
+    on one variable, ``s = (u S w) / (u S u)``. Of several groups of columns one after the other, with w less what the others stand for.
     """
     sums, count = gram.a[:-1, -1], gram.a[-1, -1]
     left = gram.a[:-1, :-1] - torch.outer(sums, sums) / count
@@ -204,9 +211,14 @@ def _polish(
     for _ in range(_ROUNDS):
         before = codes
         codes = refine(codes, real, scale, zero, left, ladder, flips)
-        integers = codes - zero[:, None]
-        fitted = (integers @ left * real).sum(1) / (integers @ left * integers).sum(1)
-        scale = torch.where((fitted > 0.2 * scale) & (fitted < 5 * scale), fitted, scale)
+        for group in groups:
+            integers, old = (codes - zero)[:, group], scale[:, group]
+            rest = real - ladder.values(codes, scale, zero)
+            rest[:, group] = real[:, group]
+            projected = integers @ left[group]
+            fitted = ((projected * rest).sum(1) / (projected[:, group] * integers).sum(1))[:, None]
+            scale = scale.clone()
+            scale[:, group] = torch.where((fitted > 0.2 * old) & (fitted < 5 * old), fitted, old)
         if torch.equal(codes, before):
             break
     bias = weight[:, -1] - (ladder.values(codes, scale, zero) - real) @ sums / count

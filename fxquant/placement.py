@@ -7,6 +7,13 @@ residual branches too, reads the quantized value:
     conv1 -> bn -> relu -[q]-+-> conv2 -> bn -> add -> relu -[q]-> pool -> fc
                              '--------------------^
 
+Of a tensor that is split (``q, k, v = qkv(x).chunk(3)``) each part that a matmul reads has a quantizer of its own, unless the whole is
+quantized for a layer:
+
+    qkv -> chunk -+-> q -> * scale -[q]-> matmul -> softmax -[q]-> matmul
+                  +-> k -[q]-> transpose --^                        |
+                  '-> v -[q]----------------------------------------'
+
 The network's input is not quantized (but with ``edges="integer"``), nor is its output, a bias, or a sum that only feeds another sum.
 On ResNet, MobileNetV2, RegNetX and MNasNet this is the placement of PD-Quant, QDrop and BRECQ.
 """
@@ -33,7 +40,12 @@ EDGES = {
     "integer": "first and last weights, the last layer's input and the images at 8 bits, so that the first layer runs on integers too",
 }
 
+MATMUL_SCALES = ("tensor", "head")
+"""What the operand of a matmul has one scale for: the whole tensor, or each head (axis 1 of ``[N, heads, L, d]``)."""
+
 _MOVES_VALUES = {"view", "getitem", "pad", "max_pool"}
+_PRODUCTS = QUANTIZED - WEIGHTED
+_HEADS = 1
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,8 @@ class TensorPlan:
     readers: tuple[str, ...]
     softmax: bool = False
     """Whether a softmax made it: values in (0, 1], for which there are logarithmic quantizers."""
+    axis: int | None = None
+    """The axis with a scale for each index; None: one scale for the tensor."""
 
 
 @dataclass
@@ -74,7 +88,7 @@ class Plan:
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """Return the plan that `to_dict` wrote."""
         layers = {layer["name"]: LayerPlan(**layer) for layer in data["layers"]}
-        tensors = {t["node"]: TensorPlan(t["node"], t["bits"], tuple(t["readers"]), t.get("softmax", False)) for t in data["tensors"]}
+        tensors = {t["node"]: TensorPlan(**{**t, "readers": tuple(t["readers"])}) for t in data["tensors"]}
         return cls(layers, tensors)
 
 
@@ -84,6 +98,7 @@ def place(
     a: int | None,
     edges: str = "8bit",
     overrides: Mapping[str, Mapping[str, int | None]] | None = None,
+    matmul_scales: str = "tensor",
 ) -> Plan:
     """Return which weights and tensors of the folded graph `gm` are quantized, with how many bits.
 
@@ -94,15 +109,19 @@ def place(
         edges: the rule for first and last layers, a key of `EDGES`.
         overrides: ``{glob over layer names: {"w": bits, "a": bits}}``; later globs win over earlier ones, all win over `edges`.
             ``"a"`` is the precision of what the layer *reads*; a tensor with several readers gets the most bits that one of them asks for.
+        matmul_scales: one of `MATMUL_SCALES`. With ``"head"``, an operand ``[N, heads, L, d]`` of a matmul is quantized as the matmul
+            reads it, a scale a head; where a layer reads the same values, they are quantized once, with one scale.
 
     Raises:
-        ConfigError: bits outside 2 to 8, an unknown edge rule, a glob that matches no layer, nothing left to quantize.
+        ConfigError: bits outside 2 to 8, an unknown edge rule or word for scales, a glob that matches no layer, nothing left to quantize.
         ModelError: nothing to quantize.
     """
     check_bits("w", w)
     check_bits("a", a)
     if not isinstance(edges, str) or edges not in EDGES:
         raise ConfigError(f"{edges!r} is no rule", where="edges", fix=one_of(edges, EDGES))
+    if matmul_scales not in MATMUL_SCALES:
+        raise ConfigError(f"{matmul_scales!r} is not known", where="matmul_scales", fix=one_of(str(matmul_scales), MATMUL_SCALES))
     ops = {layer_name(node): node for node in gm.graph.nodes if _is_quantized_op(node)}
     if not any(kind(node) in WEIGHTED for node in ops.values()):
         raise ModelError(
@@ -115,7 +134,7 @@ def place(
     for name, changes in _matched(overrides or {}, list(ops)):
         bits[name] = {**bits[name], **changes}
     plan = Plan()
-    read = _place_tensors(plan, ops, {name: wanted["a"] for name, wanted in bits.items()}, images=edges == "integer")
+    read = _place_tensors(plan, ops, {name: wanted["a"] for name, wanted in bits.items()}, edges == "integer", matmul_scales == "head")
     for name, node in ops.items():
         edge = ", ".join(word for word, members in (("first", first), ("last", last)) if node in members)
         plan.layers[name] = LayerPlan(name, kind(node), bits[name]["w"] if kind(node) in WEIGHTED else None, read.get(name), edge)
@@ -138,12 +157,27 @@ def operands(node: Node) -> list[Node]:
 
 def source(node: Node) -> Node:
     """Return the node that made the values of `node`: up through views, padding, max pooling and global average pooling."""
+    return _way(node)[-1]
+
+
+def _way(node: Node) -> list[Node]:
+    """Return the nodes that the values of `node` come through, from itself up to the one that made them."""
+    way = [node]
     while _moves_values(node):
         parent = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
         if not isinstance(parent, Node) or not (is_tensor(parent) or _moves_values(parent)):
-            return node
+            break
         node = parent
-    return node
+        way.append(node)
+    return way
+
+
+def _is_part(node: Node) -> bool:
+    """Say whether `node` picks a part of a tensor: one of several that it was split into, or what an index selects."""
+    if kind(node) != "getitem":
+        return False
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return not all(place is None or place is Ellipsis or place == slice(None) for place in index)
 
 
 def _moves_values(node: Node) -> bool:
@@ -171,28 +205,49 @@ def _is_quantized_op(node: Node) -> bool:
     return kind(node) in QUANTIZED and (node.op == "call_module" or kind(node) not in WEIGHTED)
 
 
-def _place_tensors(plan: Plan, ops: Mapping[str, Node], wanted: Mapping[str, int | None], images: bool) -> dict[str, int]:
+def _place_tensors(plan: Plan, ops: Mapping[str, Node], wanted: Mapping[str, int | None], images: bool, heads: bool) -> dict[str, int]:
     """Add the tensors that the quantized ops read to `plan`; return the bits that each op gets to read."""
+    ways = {name: _ways(node, images) for name, node in ops.items()}
+    asked = {_spot(ops[name], way, heads) for name, found in ways.items() if wanted[name] is not None for way in found}
     readers: dict[Node, list[str]] = {}
-    for name, node in ops.items():
-        for made_by in _made_by(node, images):
-            if name not in readers.setdefault(made_by, []):
-                readers[made_by].append(name)
+    by_head: dict[Node, bool] = {}
+    for name, way in ((name, way) for name, found in ways.items() for way in found):
+        # Of several quantizers on one way only the first is left: nothing is rounded twice without an operation between.
+        place = next((node for node in reversed(way) if node in asked), None)
+        if place is not None:
+            if name not in readers.setdefault(place, []):
+                readers[place].append(name)
+            by_head[place] = by_head.get(place, heads) and kind(ops[name]) in _PRODUCTS and _has_heads(way[0]) and _has_heads(place)
     read: dict[str, int] = {}
     for node in next(iter(ops.values())).graph.nodes:
         asking = [name for name in readers.get(node, []) if wanted[name] is not None]
         if asking:
             bits = max(wanted[name] or 0 for name in asking)
-            plan.tensors[node.name] = TensorPlan(node.name, bits, tuple(asking), kind(node) == "softmax")
+            axis = _HEADS if by_head[node] else None
+            plan.tensors[node.name] = TensorPlan(node.name, bits, tuple(asking), kind(source(node)) == "softmax", axis)
             read |= {name: max(bits, read.get(name, 0)) for name in readers[node]}
     return read
 
 
-def _made_by(node: Node, images: bool = False) -> list[Node]:
-    """Return the nodes that made what a quantized op reads, where those are floats computed from the network's input, or (`images`) it."""
-    sources = [source(operand) for operand in operands(node)]
+def _spot(op: Node, way: list[Node], heads: bool) -> Node:
+    """Return the tensor of `way`, on which the values of an operand reach `op`, that `op` wants to be quantized."""
+    if kind(op) not in _PRODUCTS:
+        return way[-1]
+    if heads and _has_heads(way[0]):
+        return way[0]
+    return next((node for node in way if _is_part(node)), way[-1])
+
+
+def _has_heads(node: Node) -> bool:
+    return is_tensor(node) and node.meta["val"].ndim == 4
+
+
+def _ways(node: Node, images: bool = False) -> list[list[Node]]:
+    """Return how the operands of a quantized op reach it, where they are floats computed from the network's input, or (`images`) it."""
     other = ("constant",) if images else ("input", "constant")
-    return [s for s in sources if kind(s) not in other and is_tensor(s) and s.meta["val"].is_floating_point()]
+    ways = [_way(operand) for operand in operands(node)]
+    ends = [(way, way[-1]) for way in ways]
+    return [way for way, end in ends if kind(end) not in other and is_tensor(end) and end.meta["val"].is_floating_point()]
 
 
 def _nearest_weights(node: Node) -> set[Node]:
@@ -238,7 +293,7 @@ def _bits_of(node: Node, w: int | None, a: int | None, edges: str, first: set[No
     if edges == "float" and at_edge:
         return {"w": None, "a": None}
     if edges in ("8bit", "brecq", "integer"):
-        reads_stem = edges == "brecq" and any(layers and layers <= first for layers in map(_nearest_weights, _made_by(node)))
+        reads_stem = edges == "brecq" and any(layers and layers <= first for layers in (_nearest_weights(way[-1]) for way in _ways(node)))
         w = 8 if w is not None and at_edge else w
         a = 8 if a is not None and (node in last or reads_stem or (edges == "integer" and node in first)) else a
     return {"w": w, "a": a}

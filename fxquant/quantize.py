@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from fxquant.calibration import activation_quantizers, affordable_images, weight_quantizers
 from fxquant.console import Narrator
 from fxquant.correction import CatSetting, append_selected, check_cat_setting
+from fxquant.coverage import describe_work
 from fxquant.data import check_seed, collect, in_one_order, is_changing, rebatch, seeded
 from fxquant.errors import ConfigError
 from fxquant.inspection import check_network, traced, working_device
@@ -29,7 +30,7 @@ from fxquant.pipeline import Pipeline
 from fxquant.placement import EDGES, check_bits, place
 from fxquant.recipe import Recipe
 from fxquant.reconstruction.norms import NORMS
-from fxquant.record import Record, layer_rows
+from fxquant.record import Record
 
 
 def quantize(
@@ -92,7 +93,7 @@ def quantize(
 
         prepare = Pipeline([step() for step in PREPARE], narrator.passed, narrator.bar)
         teacher = prepare.run(graph)
-        plan = place(teacher, w, a, edges, overrides)
+        plan = place(teacher, w, a, edges, overrides, recipe.matmul_scales)
         narrator.line("place", f"{len(plan.layers)} layers, {len(plan.tensors)} tensors, edges {edges!r}: {EDGES[edges]}")
         some = affordable_images(images, recipe.bias_images, recipe, teacher, device)
         reparameterize = [ReparameterizeNorms(plan, some, recipe)] if "reparameterize" in recipe.stages else []
@@ -120,7 +121,8 @@ def quantize(
 
         record = Record.of(recipe, plan, edges, seed, images, teacher)
         record.passes = [*prepare.logs, *(step.log for step in [*reparameterize, observe, *steps])]
-        record.layers = layer_rows(teacher, student, plan, affordable_images(images, 32, recipe, teacher, device))
+        record.measure(teacher, student, affordable_images(images, 32, recipe, teacher, device))
+        narrator.line("work", describe_work(record.work))
         if cat and "cat" in recipe.stages:
             student = append_selected(student, teacher, calib_loader, images, cat, recipe, seed, record, narrator)
     record.attach(student)

@@ -57,6 +57,8 @@ class Recipe:
     activation_symmetric: bool = False
     softmax_quantizer: str = "uniform"
     """Grid of the outputs of a softmax: ``"uniform"``, ``"log2"`` (powers of two) or ``"logsqrt2"`` (of its root, RepQ-ViT)."""
+    matmul_scales: str = "tensor"
+    """What the operands of a matmul have a scale and a zero-point for: ``"tensor"``, or ``"head"``, each head of ``[N, heads, L, d]``."""
     percentile: float = 0.9999
     """Share of values inside the range for the estimator ``"percentile"``."""
 
@@ -69,6 +71,9 @@ class Recipe:
     """Images that layers are fitted to in closed form; fewer when their activations do not fit into `memory_gib`."""
     erq_ridge: float = 0.0
     """Ridge for each token, as a share of the mean square of the layer's inputs; 0 searches it by cross-validation, layer by layer."""
+    weight_groups: str = "one"
+    """Grids of an output of the linear layers behind a reparameterized layer norm, where ERQ rounds them: ``"one"``, or ``"dual"``, one for
+    the few columns with outliers and one for the others. Two grids cannot be learned, nor lowered to integers."""
     erq_flips: int = 100
     """Most codes of an output that each refinement of the rounding flips (ERQ)."""
     memory_gib: float = 2.0
@@ -211,6 +216,13 @@ class Recipe:
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 what = "whole number" if kinds is int else "number"
                 raise ConfigError(f"{value!r} is no {what} from {low} to {high}", where=f"Recipe.{name}", fix="Choose one")
+        learned = [stage for stage in self.stages if stage in ("units", "scales", "output_kl", "finish")]
+        if self.weight_groups == "dual" and learned:
+            raise ConfigError(
+                f"'dual' grids cannot be learned, as the stage {learned[0]!r} would",
+                where="Recipe.weight_groups",
+                fix="Use 'one', or leave the stage out",
+            )
         for name in ("weight_symmetric", "activation_symmetric", "unit_activations", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{getattr(self, name)!r} is no truth value", where=f"Recipe.{name}", fix="Use True or False")
@@ -285,6 +297,8 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "weight_range": _RANGES,
     "activation_range": _RANGES,
     "softmax_quantizer": ("uniform", "log2", "logsqrt2"),
+    "matmul_scales": ("tensor", "head"),
+    "weight_groups": ("one", "dual"),
     "bias_gain": ("none", "spread", "regression", "balanced"),
     "augment": ("none", "crop", "crop+flip"),
     "finish_augment": ("none", "crop", "crop+flip"),
@@ -339,7 +353,7 @@ _UNITS = ("ranges", "units")
 # are those of `edges`. PD-Quant's temperature, pull and weights are those for ResNets (for mobile networks: 1, 200 and 0.1); AdaRound's
 # 20,000 iterations are those of the others (AIMET: 15,000); Pack-PTQ's literal score takes its gradient at the quantized output.
 # ERQ fits each layer behind those already rounded, where the paper takes the inputs of the float network, has one grid a channel, where the
-# paper has two for qkv and fc1, and ends with scales and codes that are optimal in turn.
+# paper has two for qkv and fc1 (``weight_groups="dual"``), and ends with scales and codes that are optimal in turn.
 
 Recipe.FAST = Recipe(name="fast")
 Recipe.ADAROUND = Recipe(

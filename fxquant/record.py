@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxquant.coverage import count_work, summary
 from fxquant.errors import ModelError
 from fxquant.execution import sweep
 from fxquant.graph import called, fingerprint
 from fxquant.metrics import sqnr
 from fxquant.pipeline import PassLog
 from fxquant.placement import Plan, layer_name
+from fxquant.quantizers.dual import DualQuantizer
 from fxquant.quantizers.layers import QuantizedLayer, channel_axis
 from fxquant.recipe import Recipe
 from fxquant.tracing.leaves import unwrap
@@ -57,6 +59,8 @@ class Record:
     passes: list[PassLog] = field(default_factory=list)
     layers: list[LayerRow] = field(default_factory=list)
     cat: dict[str, Any] = field(default_factory=dict)
+    work: dict[str, Any] = field(default_factory=dict)
+    """Multiply-adds for one image: ``"all"``, those ``"quantized"``, and the largest ``"float"`` ones as ``[name, count, why]``."""
     graph: list[str] = field(default_factory=list)
     """Fingerprint of the float graph that was quantized (`fxquant.graph.fingerprint`)."""
     torch_version: str = torch.__version__
@@ -68,6 +72,11 @@ class Record:
         """Start a record; `batches` are the calibration images, `teacher` is the float graph that will be quantized."""
         shape, kind = tuple(batches[0].shape[1:]), str(batches[0].dtype).removeprefix("torch.")
         return cls(recipe, plan, edges, seed, sum(map(len, batches)), shape, kind, graph=fingerprint(teacher))
+
+    def measure(self, teacher: GraphModule, student: GraphModule, batches: Sequence[Tensor]) -> None:
+        """Note what every layer of `student` costs against the float `teacher` on `batches`, and how much work is on quantized operands."""
+        self.layers = layer_rows(teacher, student, self.plan, batches)
+        self.work = summary(count_work(student, batches[0][:1]))
 
     def attach(self, gm: GraphModule) -> None:
         """Keep the record with `gm`."""
@@ -112,6 +121,7 @@ class Record:
             "passes": [{key: value for key, value in asdict(log).items() if key != "milliseconds"} for log in self.passes],
             "layers": rows,
             "cat": self.cat,
+            "work": self.work,
             "graph": self.graph,
             "torch_version": self.torch_version,
         }
@@ -129,6 +139,7 @@ class Record:
             input_shape=tuple(data["input_shape"]),
             passes=logs,
             layers=rows,
+            work=data.get("work", {}),
             **given,
         )
 
@@ -165,7 +176,7 @@ def _without_gain(weight: Tensor, layer: QuantizedLayer) -> Tensor:
 
 
 def stored_bytes(module: nn.Module | None) -> int:
-    """Return the bytes that `module` takes in a file: a quantized weight as dense codes, a scale and a one-byte zero-point a channel."""
+    """Return the bytes that `module` takes in a file: a quantized weight as dense codes, a scale and a one-byte zero-point a grid."""
     if module is None:
         return 0
     if not isinstance(module, QuantizedLayer):
@@ -174,4 +185,5 @@ def stored_bytes(module: nn.Module | None) -> int:
     codes = -(-module.weight.numel() * quantizer.spec.bits // 8)
     channels = quantizer.scale.numel()
     bias = 0 if module.bias is None else module.bias.numel() * module.bias.element_size()
-    return codes + channels * (quantizer.scale.element_size() + 1) + bias
+    named = len(quantizer.outlier) if isinstance(quantizer, DualQuantizer) else 0
+    return codes + channels * (quantizer.scale.element_size() + 1) + named + bias

@@ -11,6 +11,7 @@ from rich.text import Text
 from torch import nn
 
 from fxquant.correction import describe
+from fxquant.coverage import describe_work
 from fxquant.placement import EDGES
 from fxquant.record import LayerRow, Record
 
@@ -29,6 +30,8 @@ class Report:
         yield self._layers()
         yield self._passes()
         record = self.record
+        if record.work:
+            yield Text.assemble(("work    ", "bold"), describe_work(record.work))
         yield Text.assemble(("edges   ", "bold"), f"{record.edges}: {EDGES[record.edges]}")
         yield Text.assemble(("recipe  ", "bold"), f"{record.recipe.name}, seed {record.seed}, {record.images} calibration images")
         yield Text.assemble(("cat     ", "bold"), describe(record.cat))

@@ -31,12 +31,12 @@ from fxquant.graph import called, fingerprint, insert_behind, is_traced, put_mod
 from fxquant.inspection import check_network
 from fxquant.kinds import WEIGHTED, kind
 from fxquant.packing import pack, unpack
-from fxquant.passes import PREPARE, InsertFakeQuant, InsertObservers
+from fxquant.passes import PREPARE, Freeze, InsertFakeQuant, InsertObservers
 from fxquant.passes.append_cat import logits_node
 from fxquant.passes.insert_observers import FOLDER
 from fxquant.pipeline import Pipeline
 from fxquant.placement import LayerPlan, TensorPlan
-from fxquant.quantizers import HistogramObserver, LogQuantizer, QuantSpec, UniformQuantizer
+from fxquant.quantizers import DualQuantizer, LogQuantizer, Observer, QuantSpec, UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
 from fxquant.record import Record
 from fxquant.tracing import trace
@@ -117,9 +117,12 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> GraphModule:
     def quantizer(name: str) -> UniformQuantizer:
         spec = _spec(quantizers[name])
         scale = tensors.pop(f"{name}.scale")
-        return UniformQuantizer(spec, scale, tensors.pop(f"{name}.zero_point").to(scale) + spec.qmin)
+        zero_point = tensors.pop(f"{name}.zero_point").to(scale) + spec.qmin
+        if f"{name}.outlier" in tensors:
+            return DualQuantizer(spec, scale, zero_point, tensors.pop(f"{name}.outlier"))
+        return UniformQuantizer(spec, scale, zero_point)
 
-    def activation(tensor: TensorPlan, observer: HistogramObserver) -> UniformQuantizer | LogQuantizer:
+    def activation(tensor: TensorPlan, observer: Observer) -> UniformQuantizer | LogQuantizer:
         name = f"{FOLDER}.{tensor.node}"
         stored = quantizers[name]
         return LogQuantizer(_spec(stored), tensors.pop(f"{name}.scale"), stored["grid"]) if "grid" in stored else quantizer(name)
@@ -138,6 +141,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> GraphModule:
         put_module(gm, name, CAT(classes, clusters, dtype=dtype))
         insert_behind(logits, name)
     _fill(path, gm, tensors, quantizers)
+    gm = Pipeline([Freeze()]).run(gm)
     gm.graph.lint()
     gm.recompile()
     record.attach(gm)
@@ -153,7 +157,8 @@ def _fill(path: Path, gm: GraphModule, tensors: dict[str, Tensor], quantizers: M
             count = torch.Size(spec["shape"]).numel()
             codes = unpack(tensors[f"{name}.weight"], spec["bits"], count).view(spec["shape"])
             quantizer = layer.weight_quantizer
-            tensors[f"{name}.weight"] = quantizer.dequantize(codes.to(quantizer.scale) + quantizer.spec.qmin)
+            weight = codes.to(quantizer.scale) + quantizer.spec.qmin
+            tensors[f"{name}.weight"] = weight - quantizer.along(quantizer.zero_point, weight)
             tensors |= {f"{name}.weight_quantizer.{key}": value for key, value in quantizer.state_dict().items()}
             layer.frozen = True
         elif isinstance(layer, UniformQuantizer | LogQuantizer):
@@ -178,8 +183,10 @@ def _spec(stored: Mapping[str, Any]) -> QuantSpec:
 
 
 def _state_of(gm: GraphModule) -> dict[str, Tensor]:
-    """Return all tensors of `gm`, by name, those too that a state_dict leaves out (buffers that are not persistent)."""
-    return dict([*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)])
+    """Return all tensors of `gm`, by name, those too that a state_dict leaves out, but for what is a copy of another tensor."""
+    copies = {f"{node.target}.input_scale" for node, module in called(gm) if isinstance(module, QuantizedLayer)}
+    tensors = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
+    return {name: value for name, value in tensors if name not in copies}
 
 
 def _compare_graphs(path: Path, gm: GraphModule, saved: list[str]) -> None:

@@ -28,9 +28,11 @@ _OUT_OF_PLACE: dict[Callable, Callable] = {
     torch.tanh_: torch.tanh,
 }
 
+_CASTS = ("to", "float", "double", "half", "type", "type_as")
+
 
 class Canonicalize(Pass):
-    """Drop identities and eval-mode dropout; turn in-place operations into plain ones.
+    """Drop identities, casts to the same type and eval-mode dropout; turn in-place operations into plain ones.
 
         conv -> identity -> dropout -> relu_        =>     conv -> relu
 
@@ -64,13 +66,25 @@ class Canonicalize(Pass):
 
 def _does_nothing(node: Node) -> bool:
     word = kind(node)
-    if word == "identity":
+    if word == "identity" or _casts_to_the_same(node):
         return True
     if word != "dropout" or not isinstance(node.args[0], Node):
         return False
     if node.op == "call_module":
         return not module_of(node).training
     return argument(node, 2, "training", signature(node.target).parameters["training"].default) is False  # type: ignore[arg-type]
+
+
+def _casts_to_the_same(node: Node) -> bool:
+    """Say whether `node` is ``x.float()``, ``x.to(...)`` or ``x.type_as(y)`` of what has that type already."""
+    if node.op != "call_method" or node.target not in _CASTS or not isinstance(node.args[0], Node):
+        return False
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    if node.kwargs.get("copy") or "memory_format" in node.kwargs:
+        return False
+    return (before.dtype, before.device) == (after.dtype, after.device)
 
 
 def _writes(node: Node) -> bool:

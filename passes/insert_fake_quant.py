@@ -11,10 +11,10 @@ from fxquant.graph import called, put_module
 from fxquant.passes.insert_observers import FOLDER, InsertObservers
 from fxquant.pipeline import Pass
 from fxquant.placement import LayerPlan, Plan, TensorPlan
-from fxquant.quantizers import HistogramObserver, LogQuantizer, UniformQuantizer
+from fxquant.quantizers import LogQuantizer, Observer, UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
 
-ActivationQuantizers = Callable[[TensorPlan, HistogramObserver], UniformQuantizer | LogQuantizer]
+ActivationQuantizers = Callable[[TensorPlan, Observer], UniformQuantizer | LogQuantizer]
 WeightQuantizers = Callable[[LayerPlan, nn.Module], UniformQuantizer]
 
 
@@ -40,7 +40,7 @@ class InsertFakeQuant(Pass):
     def run(self, gm: GraphModule) -> None:
         for node, module in self.track(list(called(gm)), "choose ranges"):
             path = str(node.target)
-            if isinstance(module, HistogramObserver):
+            if isinstance(module, Observer):
                 tensor = self.plan.tensors[path.removeprefix(FOLDER + ".")]
                 put_module(gm, path, self.activations(tensor, module))
                 self.changed()

@@ -8,7 +8,7 @@ from fxquant.graph import insert_behind, put_module
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
 from fxquant.pipeline import Pass
 from fxquant.placement import Plan
-from fxquant.quantizers import HistogramObserver
+from fxquant.quantizers import observer_of
 
 FOLDER = "activations"
 """Where the observers, and after them the quantizers, of activations live: ``activations.<node that makes the tensor>``."""
@@ -34,6 +34,6 @@ class InsertObservers(Pass):
             path = f"{FOLDER}.{node.name}"
             if node.name not in self.plan.tensors or any(reader.target == path for reader in node.users):
                 continue
-            put_module(gm, path, HistogramObserver(node.name))
+            put_module(gm, path, observer_of(node.name, self.plan.tensors[node.name].axis))
             insert_behind(node, path)
             self.changed()

@@ -58,7 +58,7 @@ class LowerInteger(Pass):
     """
 
     after = (Freeze, AppendCAT)
-    preserves_output = False  # sums are exact here and rounded there, so a value at a tie of the rounding can fall to the other side
+    preserves_output = False  # where layers read floats (images), sums of another order can move a value across the border of two codes
     verb = "lowered"
 
     def __init__(self, backend: Backend):

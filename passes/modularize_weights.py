@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from fxquant.graph import argument, constant_of, free_path, put_module
 from fxquant.kinds import WEIGHTED, kind
 from fxquant.passes.canonicalize import Canonicalize
+from fxquant.passes.fold_constants import FoldConstants
 from fxquant.pipeline import Pass, Skip
 
 _CONVS: dict[Callable, type[nn.Module]] = {
@@ -35,10 +36,10 @@ class ModularizeWeights(Pass):
         x ------------------- F.conv2d              =>     x -> stem
 
     The module takes the dotted path of the parameter, so it has the name the network's author gave it. Refused when the weight is
-    computed (weight standardization, a product of two parameters): such a layer has no stored weight to quantize.
+    computed from the image (what is computed from parameters alone is folded before): such a layer has no stored weight to quantize.
     """
 
-    after = (Canonicalize,)
+    after = (Canonicalize, FoldConstants)
     preserves_output = True
     verb = "made modules"
 

@@ -15,9 +15,11 @@ from fxquant.files import gib
 from fxquant.graph import module_of, put_module, sharing_copy
 from fxquant.kinds import WEIGHTED, kind
 from fxquant.passes.insert_fake_quant import InsertFakeQuant
+from fxquant.passes.reparameterize_norms import DONE
 from fxquant.pipeline import Pass
-from fxquant.placement import LayerPlan, Plan
-from fxquant.quantizers import UniformQuantizer
+from fxquant.placement import LayerPlan, Plan, source
+from fxquant.quantizers import DualQuantizer, UniformQuantizer
+from fxquant.quantizers.dual import outlier_columns
 from fxquant.quantizers.layers import QuantizedLayer
 from fxquant.recipe import Recipe
 
@@ -29,14 +31,14 @@ class ReduceError(Pass):
 
     x is what reaches the layer in the float network, x' what reaches it behind all layers done so far, activations quantized; `fxquant.erq`
     has the formulas. One forward pass in all: sums over the images are all that is kept. An output whose error would not be smaller than it
-    was stays as it is.
+    was stays as it is. With ``weight_groups="dual"``, a linear layer that reads a reparameterized layer norm gets two grids an output.
 
     Args:
         teacher: the float graph, with the same layers in the same order.
         batches: calibration images ``[N, C, H, W]`` on the device of the graphs.
         plan: the bits of every layer.
         weights: makes the quantizer of a weight from its plan and its layer.
-        recipe: `erq_ridge`, `erq_flips` and `memory_gib`.
+        recipe: `erq_ridge`, `erq_flips`, `weight_groups` and `memory_gib`.
     """
 
     after = (InsertFakeQuant,)
@@ -62,20 +64,26 @@ class ReduceError(Pass):
             if node in parents:
                 inputs[node] = values
             if _is_layer(node):
-                (teacher, wanted), layer, read = next(float_layers), module_of(node), inputs[node.all_input_nodes[0]]
-                if isinstance(layer, QuantizedLayer):
-                    reason = self._unfit(layer)
-                    if reason:
-                        self.skip(node, reason)
-                    else:
-                        new = self._fitted(str(node.target), layer, teacher, read, wanted)
-                        put_module(gm, str(node.target), new)
-                        with torch.no_grad():
-                            values[:] = [new(x) for x in read]
-                        self.changed()
+                self._reduce(gm, node, *next(float_layers), inputs[node.all_input_nodes[0]], values)  # keeps none of the values
             for parent in [parent for parent in inputs if last[parent] is node]:
                 del inputs[parent]
         self.note(f"fitted to {sum(map(len, self.batches))} images")
+
+    def _reduce(self, gm: GraphModule, node: Node, teacher: nn.Module, wanted: Values, read: Values, values: Values) -> None:
+        """Fit the layer at `node` and put what it gives then in the place of `values`."""
+        layer = module_of(node)
+        if not isinstance(layer, QuantizedLayer):
+            return
+        reason = self._unfit(layer)
+        if reason:
+            self.skip(node, reason)
+            return
+        new = self._fitted(str(node.target), layer, teacher, read, wanted, self._has_two_grids(node, layer))
+        put_module(gm, str(node.target), new)
+        with torch.no_grad():
+            for place, x in enumerate(read):
+                values[place] = new(x)  # one by one: the old ones and the new ones together would be beyond the budget
+        self.changed()
 
     def _unfit(self, layer: nn.Module) -> str | None:
         if not isinstance(layer, nn.Linear | nn.Conv2d):
@@ -90,9 +98,31 @@ class ReduceError(Pass):
             return f"its sums take {gib(need)}, which is beyond memory_gib"
         return None
 
+    def _has_two_grids(self, node: Node, layer: QuantizedLayer) -> bool:
+        """Say whether the layer reads a layer norm that the last reparameterization was over; weights of 8 bits need no second grid."""
+        if self.recipe.weight_groups == "one" or not isinstance(layer, nn.Linear) or layer.weight_quantizer.spec.bits == 8:
+            return False
+        read = node.all_input_nodes[0]
+        while read.op == "call_module" and isinstance(module_of(read), UniformQuantizer):
+            read = source(read.all_input_nodes[0])
+        return source(read).name in node.graph.owning_module.meta.get(DONE, ()) and layer.in_features > 1
+
+    def _quantizer(self, name: str, layer: nn.Module, dual: bool) -> UniformQuantizer:
+        """Return the grids of the float `layer`."""
+        if not dual:
+            return self.weights(self.plan.layers[name], layer)
+        assert isinstance(layer.weight, Tensor)
+        outlier, parts = outlier_columns(layer.weight), []
+        for columns in (~outlier, outlier):
+            part = sharing_copy(layer)
+            part.weight = nn.Parameter(layer.weight[:, columns], requires_grad=False)
+            parts.append(self.weights(self.plan.layers[name], part))
+        scale, zero_point = (torch.stack([getattr(part, key) for part in parts], 1) for key in ("scale", "zero_point"))
+        return DualQuantizer(parts[0].spec, scale, zero_point, outlier)
+
     @torch.no_grad()
-    def _fitted(self, name: str, layer: QuantizedLayer, teacher: nn.Module, read: Values, wanted: Values) -> QuantizedLayer:
-        """Return the layer with new weights, scales and bias."""
+    def _fitted(self, name: str, layer: QuantizedLayer, teacher: nn.Module, read: Values, wanted: Values, dual: bool) -> QuantizedLayer:
+        """Return the layer with new weights, scales and bias; with two grids if `dual`."""
         assert isinstance(teacher, nn.Linear | nn.Conv2d)
         folds = _folds(layer, read, wanted)
         gram = folds[0] + folds[1]
@@ -101,7 +131,7 @@ class ReduceError(Pass):
         real = start if share is None else ridge(gram, start, share)
         float_layer = sharing_copy(teacher)
         float_layer.weight = nn.Parameter(real[:, :-1].reshape(teacher.weight.shape).to(teacher.weight), requires_grad=False)
-        quantizer = self.weights(self.plan.layers[name], float_layer)
+        quantizer = self._quantizer(name, float_layer, dual)
         quantizer, codes, bias = round_compensated(gram, real, quantizer, share or 1e-2, self.recipe.erq_flips)
         return _taken(layer, gram, quantizer, codes.reshape(layer.weight.shape), bias)
 
@@ -114,12 +144,20 @@ def _taken(layer: QuantizedLayer, gram: Gram, quantizer: UniformQuantizer, codes
     better = gram.error(_with_bias(weight, bias)) < before
     old_bias = torch.zeros_like(bias) if layer.bias is None else layer.bias
     new = sharing_copy(layer)
-    scale, zero = (torch.where(better, mine, its) for mine, its in ((quantizer.scale, old.scale), (quantizer.zero_point, old.zero_point)))
-    new.weight_quantizer = UniformQuantizer(old.spec, scale, zero)
+    scale, zero = (_chosen(better, mine, its) for mine, its in ((quantizer.scale, old.scale), (quantizer.zero_point, old.zero_point)))
+    if isinstance(quantizer, DualQuantizer):
+        new.weight_quantizer = DualQuantizer(old.spec, scale, zero, quantizer.outlier)
+    else:
+        new.weight_quantizer = UniformQuantizer(old.spec, scale, zero)
     rows = better.view(-1, *[1] * (like.ndim - 1))
     new.weight = nn.Parameter(torch.where(rows, weight, layer.used_weight()), requires_grad=False)
     new.bias = nn.Parameter(torch.where(better, bias, old_bias), requires_grad=False)
     return new
+
+
+def _chosen(better: Tensor, mine: Tensor, its: Tensor) -> Tensor:
+    """Return the numbers of each output; one that keeps its single grid has it twice where the others have two."""
+    return torch.where(better, mine, its) if mine.ndim == 1 else torch.where(better[:, None], mine, its[:, None])
 
 
 def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,6 +15,12 @@ from torch import Tensor, nn
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test gets the same random numbers alone, in any order, and in any worker."""
+    torch.manual_seed(0)
+
+
 class Residual(nn.Module):
     """Stem, one residual block, classifier; its batch norms hold statistics as a trained network's do."""
 

@@ -204,6 +204,19 @@ def attention() -> nn.Module:
     return Net(body, patch=nn.Conv2d(3, 8, 4, 4), norm=nn.LayerNorm(8), mha=mha, fc=nn.Linear(8, 5))
 
 
+def fused_attention() -> nn.Module:
+    def body(s: Any, x: Tensor) -> Tensor:
+        x = s.patch(x).flatten(2).transpose(1, 2)
+        n, t, c = x.shape
+        q, k, v = s.qkv(s.norm(x)).reshape(n, t, 3, 2, c // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=s.bias)
+        x = x + s.proj(y.transpose(1, 2).reshape(n, t, c))
+        return s.fc(x.mean(1))
+
+    layers = {"norm": nn.LayerNorm(8), "qkv": nn.Linear(8, 24), "proj": nn.Linear(8, 8), "fc": nn.Linear(8, 5)}
+    return Net(body, patch=nn.Conv2d(3, 8, 4, 4), bias=nn.Parameter(torch.randn(2, 16, 16)), **layers)
+
+
 def pooled() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AvgPool2d(2), *conv_bn(4, 6), nn.ReLU(), head(6))
 
@@ -218,7 +231,7 @@ def several_outputs() -> nn.Module:
 
 
 _PLAIN = (chain, residual, mobile, squeeze_excite, dense, shuffle, transposed, one_dimension, linear_norm, pooled)
-_ODD = (Functional, in_place, shared, tied, norm_act, attention, several_outputs)
+_ODD = (Functional, in_place, shared, tied, norm_act, attention, fused_attention, several_outputs)
 NETS: dict[str, Callable[[], nn.Module]] = {build.__name__: build for build in (*_PLAIN, *_ODD)}
 
 

@@ -533,7 +533,7 @@ def test_a_loader_that_fails_half_way(quantize, net, images, random_states):
     assert random_states() == before
 
 
-@pytest.mark.parametrize("target", ["fxquant.quantize.place", "fxquant.quantize.layer_rows", "fxquant.correction.logits_of_each"])
+@pytest.mark.parametrize("target", ["fxquant.quantize.place", "fxquant.record.layer_rows", "fxquant.correction.logits_of_each"])
 def test_a_failure_between_the_passes_leaves_the_network_alone(quantize, net, images, monkeypatch, target):
     def fail(*args, **kwargs):
         raise MemoryError(target)

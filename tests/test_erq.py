@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxquant import erq
 from fxquant.erq import SHARES, Gram, Ladder, gram_bytes, refine, ridge, round_compensated, search_ridge
-from fxquant.quantizers import QuantSpec, weight_quantizer
+from fxquant.quantizers import DualQuantizer, QuantSpec, weight_quantizer
 
 
 def problem(tokens: int = 300, inputs: int = 10, outputs: int = 6, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,6 +149,27 @@ def test_rounding_with_compensation_beats_nearest(bits, flips):
     assert direct_error(x, y, new).sum() < (0.5 if flips == 100 else 0.8) * direct_error(x, y, plain).sum()
 
 
+def test_two_grids():
+    """A few large columns: better than one grid by far, and the scale that is fitted last is optimal."""
+    x, _, weight = problem(inputs=24)
+    weight[:, [3, 17]] *= 8
+    y, outlier = with_ones(x) @ weight.T, torch.zeros(24, dtype=torch.bool)
+    outlier[[3, 17]] = True
+    parts = [weight_quantizer(weight[:, :-1][:, columns], QuantSpec(3, axis=0)) for columns in (~outlier, outlier)]
+    grids = (torch.stack([getattr(part, name) for part in parts], 1) for name in ("scale", "zero_point"))
+    quantizer, codes, bias = round_compensated(gram_of(x, y), weight, DualQuantizer(QuantSpec(3, axis=0), *grids, outlier), 1e-4)
+    assert isinstance(quantizer, DualQuantizer)
+    assert codes.min() >= 0
+    assert codes.max() <= 7
+    values = quantizer.dequantize(codes)
+    best = direct_error(x, y, torch.cat([values, bias[:, None]], 1))
+    assert best.sum() < 0.5 * direct_error(x, y, rounded(x, y, weight, 3)[-1]).sum()
+    for factor in (0.99, 1.01):
+        moved = torch.where(outlier, values * factor, values)
+        other = (y - x @ moved.T).mean(0)
+        assert bool((direct_error(x, y, torch.cat([moved, other[:, None]], 1)) >= best * (1 - 1e-6)).all())
+
+
 def test_against_all_codes():
     """Three weights of two bits: all 64 codes of each row, each with its best bias."""
     x, _, weight = problem(inputs=3)
@@ -178,7 +199,8 @@ def test_refinement_falls_until_no_flip_helps():
     x, _, weight = problem(inputs=12)
     left = x.T @ x
     quantizer, _ = nearest(torch.cat([weight, weight[:, :2]], 1)[:, :13], 3)
-    real, scale, zero = torch.cat([weight, weight[:, :2]], 1)[:, :12], quantizer.scale, quantizer.zero_point
+    real = torch.cat([weight, weight[:, :2]], 1)[:, :12]
+    scale, zero = (part[:, None].expand_as(real) for part in (quantizer.scale, quantizer.zero_point))
     ladder = Ladder(0, 7)
 
     def loss(codes: Tensor) -> Tensor:
@@ -196,6 +218,38 @@ def test_refinement_falls_until_no_flip_helps():
             other[:, column] += step
             allowed = (other[:, column] >= 0) & (other[:, column] <= 7)
             assert bool((loss(other) >= loss(codes) * (1 - 1e-6))[allowed].all())
+
+
+def test_the_error_falls_from_step_to_step(monkeypatch):
+    """What is left of the rounding, by rounds of codes, scales and bias at the end."""
+    x, y, weight = problem(inputs=24)
+    gram = gram_of(x, y)
+    real = ridge(gram, weight, 1e-4)
+    assert bool((gram.error(real) <= gram.error(weight)).all())
+    wanted, errors = with_ones(x) @ real.T, []
+    for rounds in range(6):
+        monkeypatch.setattr(erq, "_ROUNDS", rounds)
+        errors.append(direct_error(x, wanted, rounded(x, y, real, 3, flips=3)[-1]))
+    assert all(bool((after <= before * (1 + 1e-9)).all()) for before, after in itertools.pairwise(errors))
+    assert errors[-1].sum() < 0.95 * errors[0].sum()
+
+
+def test_order_of_columns_does_not_matter():
+    """For the share of the ridge, and for the flips. (Which columns make up for which does depend on their order.)"""
+    x, y, weight = problem(inputs=12)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    both = torch.cat([order, torch.tensor([12])])
+    halves = [slice(0, None, 2), slice(1, None, 2)]
+    shares = [search_ridge([gram_of(a[half], y[half]) for half in halves], b) for a, b in ((x, weight), (x[:, order], weight[:, both]))]
+    assert shares[0] == shares[1]
+    quantizer, _ = nearest(weight, 3)
+    ladder, real, left = Ladder(0, 7), weight[:, :-1], x.T @ x
+    scale, zero = (part[:, None].expand_as(real) for part in (quantizer.scale, quantizer.zero_point))
+    start = ladder.nearest(real, scale, zero)
+    codes = refine(start, real, scale, zero, left, ladder, 50)
+    mixed = refine(start[:, order], real[:, order], scale, zero, left[order][:, order], ladder, 50)
+    assert torch.equal(mixed, codes[:, order])
+    assert not torch.equal(codes, start)
 
 
 def test_memory_does_not_grow_with_tokens():

@@ -33,7 +33,7 @@ def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=EXAMPLES.anchor, timeout=300)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("0*.py")))
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("[0-9]*.py")))
 def test_help_shows_the_usage(name: str) -> None:
     done = run(name, "--help")
     assert done.returncode == 0, done.stderr
@@ -112,6 +112,28 @@ def test_reconstruction_on_a_network_of_ones_own(tmp_path: Path) -> None:
     before = (tmp_path / "out" / "runs.jsonl").read_text()
     assert run("06_reconstruction.py", *words).returncode == 0
     assert (tmp_path / "out" / "runs.jsonl").read_text() == before, "a run that is there already was repeated"
+
+
+def test_transformers_on_a_network_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "zoo.py").write_text(ZOO)
+    words = ["--networks", "cifar10_resnet20", "--settings", "W4A4", "W3A4", "--recipes", "ranges", "erq", "--seeds", "0"]
+    words = [str(tmp_path), *words, "--out", str(tmp_path / "out")]
+    done = run("11_transformers.py", *words)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert lines[0] == "| bits | recipe | seeds | top-1 % | agreement % | KL to float | seconds |"
+    assert sorted(line.split("|")[1].strip() for line in lines[2:]) == ["W3A4", "W3A4", "W4A4", "W4A4"]
+    before = (tmp_path / "out" / "runs.jsonl").read_text()
+    again = run("11_transformers.py", *words)
+    assert again.stdout == done.stdout
+    assert (tmp_path / "out" / "runs.jsonl").read_text() == before, "a run that is there already was repeated"
+
+
+def test_transformers_says_what_it_needs(tmp_path: Path) -> None:
+    for words in ([], [str(tmp_path)]):
+        done = run("11_transformers.py", *words)
+        assert done.returncode == 2
+        assert "has no zoo.py" in done.stderr
 
 
 def test_benchmark_reconstruction_on_a_network_of_ones_own(tmp_path: Path) -> None:

@@ -98,8 +98,9 @@ def check_grids(quantized: nn.Module) -> None:
     for name, layer in layers.items():
         quantizer, bits = layer.weight_quantizer, record_of(quantized).plan.layers[name].w
         assert quantizer.spec.bits == bits and layer.frozen
-        codes = quantizer.quantize(layer.weight)
-        assert torch.equal(quantizer.dequantize(codes), layer.weight)
+        codes = quantizer.quantize(layer.used_weight())
+        assert torch.equal(codes, layer.codes())
+        assert quantizer.spec.qmin <= codes.min() and codes.max() <= quantizer.spec.qmax
         assert all(channel.unique().numel() <= 2**bits for channel in layer.weight.unbind(quantizer.spec.axis))
         assert layer.weight.isfinite().all() and (quantizer.scale > 0).all()
         assert not layer.weight.requires_grad and (layer.bias is None or not layer.bias.requires_grad)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torchvision.models as zoo
-from nets import Net, apply, images, prepared
+from nets import NETS, Net, apply, images, prepared
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -17,7 +19,7 @@ from fxquant.errors import ConfigError, ModelError
 from fxquant.kinds import kind
 from fxquant.passes import PREPARE, InsertObservers
 from fxquant.pipeline import Pipeline
-from fxquant.placement import LayerPlan, Plan, TensorPlan, is_global_pool, place, source
+from fxquant.placement import LayerPlan, Plan, TensorPlan, _way, is_global_pool, operands, place, source
 
 
 def fold(model: nn.Module, size: int = 64) -> GraphModule:
@@ -351,7 +353,8 @@ def test_attention():
     plan = place(prepared("attention"), 2, 3)
     assert {name: tensor.readers for name, tensor in plan.tensors.items()} == {
         "norm": ("mha.in_proj",),
-        "mha_in_proj": ("matmul", "matmul_1"),
+        "getitem_1": ("matmul",),
+        "getitem_2": ("matmul_1",),
         "mul": ("matmul",),
         "softmax": ("matmul_1",),
         "matmul_1": ("mha.out_proj",),
@@ -380,3 +383,127 @@ def test_integer_edges_quantize_the_images(name):
     assert {node: tensor for node, tensor in plan.tensors.items() if node != images} == usual.tensors
     assert {layer.a for layer in plan.layers.values() if "first" in layer.edge} == {8}
     assert images not in place(gm, 2, None, "integer").tensors
+
+
+def operands_of(gm: GraphModule, plan: Plan) -> dict[str, list[str]]:
+    """Return, for each product, the planned tensor that each operand comes from, the nearest on the way."""
+    found: dict[str, list[str]] = {}
+    for node in gm.graph.nodes:
+        if kind(node) in ("matmul", "attention"):
+            ways = [[step.name for step in _way(operand)] for operand in operands(node)]
+            found[node.name] = [next((name for name in way if name in plan.tensors), "") for way in ways]
+    return found
+
+
+def assert_nothing_is_quantized_twice(gm: GraphModule, plan: Plan) -> None:
+    """No value passes two quantizers without an operation between."""
+    for node in gm.graph.nodes:
+        if node.name in plan.tensors:
+            assert not [step.name for step in _way(node)[1:] if step.name in plan.tensors], node.name
+
+
+class Split(nn.Module):
+    """Attention over one projection; `of` splits it into q, k and v ``[N, heads, L, d]``, `more` reads the parts besides."""
+
+    def __init__(self, of: Callable[[torch.Tensor], Any], more: Callable[..., Any] | None = None):
+        super().__init__()
+        self.patch, self.qkv, self.fc, self.conv = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 24), nn.Linear(8, 5), nn.Conv2d(2, 2, 1)
+        self.of, self.more = of, more
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.of(self.qkv(self.patch(x).flatten(2).transpose(1, 2)))
+        y = (q * 0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+        if self.more is not None:
+            y = y + self.more(self, q, k, v)
+        return self.fc(y.transpose(1, 2).flatten(2).mean(1))
+
+
+def unbound(x: torch.Tensor) -> Any:
+    return x.reshape(-1, 16, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def indexed(x: torch.Tensor) -> Any:
+    x = x.reshape(-1, 16, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    return x[0], x[1], x[2]
+
+
+def chunked(x: torch.Tensor) -> Any:
+    return tuple(part.reshape(-1, 16, 2, 4).transpose(1, 2) for part in x.chunk(3, -1))
+
+
+def sliced(x: torch.Tensor) -> Any:
+    return tuple(part.unflatten(-1, (2, 4)).transpose(1, 2) for part in (x[..., :8], x[..., 8:16], x[..., 16:]))
+
+
+@pytest.mark.parametrize("of", [unbound, indexed, chunked, sliced])
+def test_each_part_of_a_projection_has_a_quantizer_of_its_own(of):
+    gm = prepared(Split(of))
+    plan = place(gm, 2, 3)
+    assert "qkv" not in plan.tensors
+    (q, k), (p, v) = operands_of(gm, plan).values()
+    kinds = {node.name: kind(node) for node in gm.graph.nodes}
+    assert [kinds[name] for name in (q, k, p, v)] == ["mul", "getitem", "softmax", "getitem"]
+    assert k != v and plan.tensors[p].softmax
+    assert [plan.tensors[name].readers for name in (q, k, p, v)] == [("matmul",), ("matmul",), ("matmul_1",), ("matmul_1",)]
+    assert_nothing_is_quantized_twice(gm, plan)
+
+
+@pytest.mark.parametrize("scales", ["tensor", "head"])
+@pytest.mark.parametrize("of", [unbound, indexed, chunked, sliced])
+def test_a_whole_that_a_layer_reads_is_quantized_once(of, scales):
+    """The convolution over v wants the projection behind v quantized, so k and v are on its grid already."""
+    gm = prepared(Split(of, more=lambda s, q, k, v: s.conv(v)))
+    plan = place(gm, 2, 3, matmul_scales=scales)
+    assert plan.tensors["qkv"] == TensorPlan("qkv", 3, ("matmul", "matmul_1", "conv"))
+    assert [names[1] for names in operands_of(gm, plan).values()] == ["qkv", "qkv"]
+    assert_nothing_is_quantized_twice(gm, plan)
+    floating = place(gm, 2, 3, overrides={"conv": {"a": None}}, matmul_scales=scales)
+    assert "qkv" not in floating.tensors and floating.layers["conv"].a == 3, "it reads v, which is quantized for the product"
+    assert_nothing_is_quantized_twice(gm, floating)
+
+
+def test_a_part_that_two_products_read_is_quantized_once():
+    gm = prepared(Split(unbound, more=lambda s, q, k, v: (k @ k.transpose(-2, -1)) @ v + q @ k[:, :, :4].transpose(-2, -1)))
+    for scales in ("tensor", "head"):
+        plan = place(gm, 2, 3, matmul_scales=scales)
+        assert_nothing_is_quantized_twice(gm, plan)
+        assert all(all(names) for names in operands_of(gm, plan).values())
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("scales", ["tensor", "head"])
+@pytest.mark.parametrize("edges", ["same", "integer"])
+def test_nothing_is_quantized_twice(name, scales, edges):
+    gm = prepared(name)
+    plan = place(gm, 2, 3, edges, matmul_scales=scales)
+    assert_nothing_is_quantized_twice(gm, plan)
+    new, _ = apply(gm, InsertObservers(plan))
+    assert all(isinstance(node.meta.get("val"), torch.Tensor) for node in new.graph.nodes if str(node.target).startswith("activations."))
+
+
+def test_a_scale_a_head():
+    gm = prepared("fused_attention")
+    plan = place(gm, 2, 3, matmul_scales="head")
+    assert operands_of(gm, plan) == {"matmul": ["mul", "transpose_2"], "matmul_1": ["softmax", "getitem_2"]}
+    assert {name: tensor.axis for name, tensor in plan.tensors.items()} == {
+        "norm": None,
+        "mul": 1,
+        "transpose_2": 1,
+        "softmax": 1,
+        "getitem_2": 1,
+        "matmul_1": None,
+        "add": None,
+    }
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert place(prepared("attention"), 2, 3, matmul_scales="head").tensors["add"].axis is None, "[N, L, d] has no heads"
+    assert {tensor.axis for tensor in place(gm, 2, 3).tensors.values()} == {None}
+
+
+def test_a_plan_of_an_older_file_has_one_scale_a_tensor():
+    old = {"layers": [], "tensors": [{"node": "relu", "bits": 3, "readers": ["conv"]}]}
+    assert Plan.from_dict(old).tensors == {"relu": TensorPlan("relu", 3, ("conv",))}
+
+
+def test_other_words_for_scales():
+    with pytest.raises(ConfigError, match=r"^matmul_scales: 'heads' is not known. Use one of 'tensor', 'head'; did you mean 'head'\?$"):
+        place(prepared("attention"), 2, 2, matmul_scales="heads")

@@ -239,6 +239,7 @@ BLOCKS = {
     "tied": ["0", "3", "6", "8.3"],
     "norm_act": ["0", "2", "4", "6.3"],
     "attention": ["patch", "mha", "fc"],
+    "fused_attention": ["patch", "qkv .. proj", "fc"],
     "several_outputs": ["stem", "conv", "fc.3"],
 }
 

@@ -10,7 +10,7 @@ from fxquant.deploy.integers import Grid
 
 
 class _Boundary(nn.Module):
-    """Keeps the scale of `grid` as a tensor: CUDA divides by a number as by its reciprocal, and rounds otherwise than the simulation."""
+    """Keeps the scale of `grid` as a tensor, as the simulation does."""
 
     scale: Tensor
 
@@ -24,12 +24,12 @@ class _Boundary(nn.Module):
 
 
 class Quantize(_Boundary):
-    """Float tensors to bytes on `grid`: ``clamp(round(x / s) + z, low, high)``, as the simulation rounds."""
+    """Float tensors to bytes on `grid`: ``clamp(round(x * (1 / s) + z), low, high)``, as the simulation rounds."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the bytes, uint8, of the shape of x."""
         grid = self.grid
-        return ((x / self.scale).round() + grid.zero_point).clamp(grid.low, grid.high).to(torch.uint8)
+        return (x * self.scale.reciprocal() + grid.zero_point).round().clamp(grid.low, grid.high).to(torch.uint8)
 
 
 class Dequantize(_Boundary):

@@ -10,9 +10,9 @@ layers need Triton before the first launch. A kernel tries its block sizes when 
 captured by hand, as ``torch.compile(mode="reduce-overhead")`` does by itself.
 
 All routes give what `IntegerLayer.reference` gives in float32 on the CPU, bit for bit, with one exception: the plain ops behind
-``torch._int_mm`` are the compiler's to contract (a product and a sum in one rounding) and to divide less exactly, so a value that lies on
-the border of two bytes may fall to the other side. ``torch._inductor.config.emulate_precision_casts`` and
-``eager_numerics.division_rounding`` forbid that, and ``int_mm=False`` sends these layers through the kernel instead.
+``torch._int_mm`` are the compiler's to contract (a product and a sum in one rounding), so a value that lies on the border of two bytes may
+fall to the other side. ``torch._inductor.config.emulate_precision_casts`` forbids that, and ``int_mm=False`` sends these layers through
+the kernel instead.
 """
 
 from __future__ import annotations
@@ -140,7 +140,6 @@ class CudaIntegerLayer(nn.Module):
     factor: Tensor
     bias: Tensor
     offset: Tensor | None
-    out_scale: Tensor | None
 
     def __init__(
         self,
@@ -165,10 +164,14 @@ class CudaIntegerLayer(nn.Module):
         self.weight_bits = 8 if self.depthwise else weight_bits
         pointwise = self.window == [1, 1, 1, 1, 0, 0, *layer.dilation] and layer.groups == 1
         self.int_mm = int_mm and pointwise and self.weight_bits == 8 and self.channels % _MULTIPLE == 0
-        self.zero_in, self.shifted = layer.input.zero_point, max(layer.input.high, layer.input.zero_point) > 127
+        self.scale_in, self.zero_in, self.shifted = (
+            layer.input.scale,
+            layer.input.zero_point,
+            max(layer.input.high, layer.input.zero_point) > 127,
+        )
         self.residual_grid = None if residual is None else [residual.scale, float(residual.zero_point)]
         out = layer.output
-        self.out_grid = None if out is None else [out.scale, float(out.zero_point), float(out.low), float(out.high)]
+        self.out_grid = None if out is None else [out.inverse, float(out.zero_point), float(out.low), float(out.high)]
         self.dtype = dtype if out is None else torch.uint8
 
         bias = torch.zeros_like(layer.scale) if layer.bias is None else layer.bias.detach()
@@ -185,11 +188,9 @@ class CudaIntegerLayer(nn.Module):
             stored = nn.functional.pad(stored, (0, 0, 0, -outputs % _MULTIPLE))
         self.register_buffer("weight", stored)
         self.register_buffer("zeros", zeros)
-        self.register_buffer("factor", (layer.scale.detach() * layer.input.scale).float())
+        self.register_buffer("factor", layer.scale.detach().float().clone())
         self.register_buffer("bias", bias.float().clone())
         self.register_buffer("offset", None if offset is None else offset.to(torch.int32))
-        # A tensor on the device: eager CUDA would turn the division by a number into a product with its rounded inverse.
-        self.register_buffer("out_scale", None if out is None else torch.tensor(out.scale, dtype=torch.float32))
 
     @property
     def _shift(self) -> int:
@@ -223,7 +224,7 @@ class CudaIntegerLayer(nn.Module):
     def _images(self, codes: Tensor, residual: Tensor | None) -> Tensor:
         if self.depthwise:
             return int8_depthwise_conv2d(
-                codes, self.weight, self.factor, self.bias, residual, self.window, self.zero_in,
+                codes, self.weight, self.factor, self.bias, residual, self.window, self.scale_in, self.zero_in,
                 self.residual_grid, self.out_grid, self.dtype,
             )  # fmt: skip
         if self.int_mm and statically_known_true(codes.numel() // self.channels >= _MIN_ROWS):
@@ -231,7 +232,7 @@ class CudaIntegerLayer(nn.Module):
         assert self.offset is not None
         return int8_conv2d(
             codes, self.weight, self.zeros, self.factor, self.bias, self.offset, residual, self.window, self.groups, self.weight_bits,
-            self.zero_in, self.shifted, self.residual_grid, self.out_grid, self.dtype,
+            self.scale_in, self.zero_in, self.shifted, self.residual_grid, self.out_grid, self.dtype,
         )  # fmt: skip
 
     def _product(self, codes: Tensor, residual: Tensor | None) -> Tensor:
@@ -241,15 +242,15 @@ class CudaIntegerLayer(nn.Module):
         rows = codes.permute(0, 2, 3, 1)
         signed = (rows ^ 128 if self.shifted else rows).reshape(-1, self.channels).view(torch.int8)
         sums = torch._int_mm(signed, self.weight.t())[:, :outputs] + self.offset
-        y = sums.float() * self.factor + self.bias
+        y = sums.float() * self.scale_in * self.factor + self.bias
         if residual is not None:
             added = residual.permute(0, 2, 3, 1).reshape(-1, outputs).float()
             if self.residual_grid is not None:
                 added = (added - self.residual_grid[1]) * self.residual_grid[0]
             y = y + added
-        if self.out_grid is not None and self.out_scale is not None:
-            _, zero, low, high = self.out_grid
-            y = ((y / self.out_scale).round() + zero).clamp(low, high)
+        if self.out_grid is not None:
+            inverse, zero, low, high = self.out_grid
+            y = (y * inverse + zero).round().clamp(low, high)
         return y.to(self.dtype).view(*rows.shape[:3], outputs).permute(0, 3, 1, 2)
 
 

@@ -71,6 +71,7 @@ def int8_conv2d(
     window: Sequence[int],
     groups: int,
     bits: int,
+    scale_in: float,
     zero_in: int,
     shifted: bool,
     residual_grid: Sequence[float] | None,
@@ -83,30 +84,33 @@ def int8_conv2d(
         codes: uint8 ``[N, C, H, W]``.
         weight: int8 ``[O, kH * kW * I]``, or what `pack_weight` returns.
         zeros: int8 ``[O]``, taken off the codes of packed weights.
-        factor: float32 ``[O]``, the scale of a sum.
+        factor: float32 ``[O]``, the scale of the weights.
         bias: float32 ``[O]``.
         offset: int32 ``[O]``, ``-(zero_in - shift) * sum w``.
         residual: ``[N, O, H', W']``, bytes or floats.
         window: kernel, stride, padding and dilation, two numbers each.
         groups, bits: of the weights.
+        scale_in: of the bytes that come in.
         zero_in: the byte of the real number 0, and so of the padding.
         shifted: the shift is 128, else 0.
         residual_grid: scale and zero-point of a residual of bytes.
-        out_grid: scale, zero-point, low and high of the output; None: it is floats of `dtype`.
+        out_grid: 1 / scale, zero-point, low and high of the output; None: it is floats of `dtype`.
         dtype: of the output.
     """
     out = _empty(codes, check(codes, residual, factor, window, residual_grid), dtype)
     added = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
     images = codes.contiguous(memory_format=torch.channels_last)
     _runnable(codes).launch(
-        images, weight, zeros, factor, bias, offset, added, out, window, groups, bits, zero_in, shifted,
+        images, weight, zeros, factor, bias, offset, added, out, window, groups, bits, scale_in, zero_in, shifted,
         residual_grid, out_grid,
     )  # fmt: skip
     return out
 
 
 @int8_conv2d.register_fake
-def _(codes, weight, zeros, factor, bias, offset, residual, window, groups, bits, zero_in, shifted, residual_grid, out_grid, dtype):
+def _(
+    codes, weight, zeros, factor, bias, offset, residual, window, groups, bits, scale_in, zero_in, shifted, residual_grid, out_grid, dtype
+):
     return _empty(codes, check(codes, residual, factor, window, residual_grid), dtype)
 
 
@@ -118,6 +122,7 @@ def int8_depthwise_conv2d(
     bias: Tensor,
     residual: Tensor | None,
     window: Sequence[int],
+    scale_in: float,
     zero_in: int,
     residual_grid: Sequence[float] | None,
     out_grid: Sequence[float] | None,
@@ -128,12 +133,12 @@ def int8_depthwise_conv2d(
     added = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
     images = codes.contiguous(memory_format=torch.channels_last)
     _runnable(codes).launch(
-        images, weight, None, factor, bias, None, added, out, window, codes.shape[1], 8, zero_in, False,
+        images, weight, None, factor, bias, None, added, out, window, codes.shape[1], 8, scale_in, zero_in, False,
         residual_grid, out_grid,
     )  # fmt: skip
     return out
 
 
 @int8_depthwise_conv2d.register_fake
-def _(codes, weight, factor, bias, residual, window, zero_in, residual_grid, out_grid, dtype):
+def _(codes, weight, factor, bias, residual, window, scale_in, zero_in, residual_grid, out_grid, dtype):
     return _empty(codes, check(codes, residual, factor, window, residual_grid), dtype)

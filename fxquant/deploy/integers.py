@@ -1,7 +1,10 @@
 """A quantized layer as integers: what every backend computes, and the plain arithmetic that all of them must reproduce.
 
-    bytes a [N, C, ...]  ->  acc = sum w * (a - z_in)  ->  y = (s_in * s_w) * acc + b  (+ residual)  ->  clamp(round(y / s) + z, low, high)
-         uint8                int32, exact                      float32                                        uint8
+    bytes a [N, C, ...]  ->  acc = sum w * (a - z_in)  ->  y = acc * s_in * s_w + b  (+ r)  ->  clamp(round(y * (1 / s) + z), low, high)
+         uint8                int32, exact                      float32                              uint8
+
+Every step of it is rounded to float32 on its own, from left to right, so that all backends, and the simulation of a frozen network, give
+the same bytes (scales of tensors have 16 bits, so that the product of a residual is exact).
 
 A tensor on an integer grid travels as unsigned bytes, signed grids shifted by half their range, so ``value = scale * (byte - zero_point)``.
 An activation that only cuts off (ReLU, ReLU6, Hardtanh) in front of the rounding is no more than a narrower ``low..high``.
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.quantizers.affine import UniformQuantizer
+from fxquant.quantizers.dual import DualQuantizer
 from fxquant.quantizers.layers import QuantizedConv2d, QuantizedLinear
 
 
@@ -36,17 +40,22 @@ class Grid:
         zero_point = int(quantizer.zero_point.item()) - spec.qmin
         return Grid(quantizer.scale.item(), zero_point, 0, spec.levels - 1)
 
+    @property
+    def inverse(self) -> float:
+        """1 / scale, rounded to float32."""
+        return torch.tensor(self.scale, dtype=torch.float32).reciprocal().item()
+
     def within(self, low: float, high: float) -> Grid:
         """Return the grid cut to the real numbers ``low..high``, as an activation that clamps to them in front of the rounding does."""
         return Grid(self.scale, self.zero_point, max(self.low, self._byte(low)), min(self.high, self._byte(high)))
 
     def _byte(self, value: float) -> int:
-        steps = torch.tensor(value, dtype=torch.float32) / torch.tensor(self.scale, dtype=torch.float32)
-        return int(min(max(steps.round().item() + self.zero_point, self.low), self.high))
+        code = torch.tensor(value, dtype=torch.float32) * self.inverse + self.zero_point
+        return int(min(max(code.round().item(), self.low), self.high))
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return the bytes of a float tensor, rounded half to even as everywhere."""
-        return ((x / self.scale).round() + self.zero_point).clamp(self.low, self.high).to(torch.uint8)
+        return (x * self.inverse + self.zero_point).round().clamp(self.low, self.high).to(torch.uint8)
 
     def dequantize(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the values of bytes."""
@@ -98,7 +107,7 @@ class IntegerLayer:
             residual: float32 of the shape of the output, added in front of the rounding.
         """
         shape = (-1,) if self.is_linear else (-1, 1, 1)
-        y = self.accumulate(codes).float() * (self.scale * self.input.scale).view(shape)
+        y = self.accumulate(codes).float() * self.input.scale * self.scale.view(shape)
         if self.bias is not None:
             y = y + self.bias.view(shape)
         if residual is not None:
@@ -116,10 +125,12 @@ def integer_layer(layer: nn.Module, incoming: Grid, shape: tuple[int, ...] | Non
     """
     if not isinstance(layer, QuantizedConv2d | QuantizedLinear):
         return f"{type(layer).__name__.removeprefix('Quantized')} has no integer form here"
-    spec, zero_point = layer.weight_quantizer.spec, layer.weight_quantizer.zero_point
-    weight = layer.codes() - layer.weight_quantizer.along(zero_point, layer.weight)
+    if isinstance(layer.weight_quantizer, DualQuantizer):
+        return "its weight has two grids an output, an integer sum has one scale; quantize with weight_groups='one'"
+    weight = layer.integers()
     if weight.min() < -128 or weight.max() > 127:
-        return f"its {spec.bits}-bit weight has zero-points, so it does not fit a signed byte; quantize with weight_symmetric=True"
+        bits = layer.weight_quantizer.spec.bits
+        return f"its {bits}-bit weight has zero-points, so it does not fit a signed byte; quantize with weight_symmetric=True"
     geometry: dict[str, Any] = {}
     if isinstance(layer, QuantizedConv2d):
         padding = _padding(layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,13 @@ from fxquant.graph import argument, free_path, is_tensor, module_of, put_module
 from fxquant.kinds import kind
 from fxquant.placement import is_global_pool
 
+T = TypeVar("T")
+
 _NOT_FOR_BYTES = (nn.ChannelShuffle, nn.PixelUnshuffle, torch.channel_shuffle, F.pixel_unshuffle)
 """Views that torch does not have for bytes."""
 
 
-def carried_grids(gm: GraphModule, grids: Mapping[Node, Grid]) -> dict[Node, Grid]:
+def carried_grids(gm: GraphModule, grids: Mapping[Node, T]) -> dict[Node, T]:
     """Return the grid of every node whose values are on one: the quantizers given, and all that only moves their values."""
     carried = dict(grids)
     for node in gm.graph.nodes:

@@ -1,4 +1,4 @@
-"""A quantized network as an ONNX file that any runtime reads: every quantizer is QuantizeLinear and DequantizeLinear.
+"""A quantized network as an ONNX file that any runtime reads: every uniform quantizer is QuantizeLinear and DequantizeLinear.
 
 mark      a marker for every quantizer          torch.export, torch.onnx      a float graph with markers
 rewrite   markers become Q/DQ                   weights become 2-, 4- or 8-bit integers
@@ -36,21 +36,23 @@ from fxquant.deploy.onnx_graph import OPSETS, Rewriter, marked, opset_of
 from fxquant.errors import ExportError
 from fxquant.execution import sweep
 from fxquant.graph import module_of
-from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers import LogQuantizer, UniformQuantizer
 from fxquant.tree import tensors_of
 
 SAME = 1e-4
 """The relative error of outputs computed from equal codes, in another order."""
 TIE = 0.02
 """How near to the middle between two levels, in steps, a value may fall on either."""
+_QUANTIZERS = UniformQuantizer | LogQuantizer
 
 
 def export_onnx(qmodel: nn.Module, path: str | os.PathLike[str], *, clip: bool = False, images: Tensor | None = None) -> Exported:
     """Write a quantized network to an ONNX file, atomically, and run it in onnxruntime before that.
 
     Weights are integers of the smallest ONNX type that holds their bits (2, 4 or 8), packed, with a scale and a zero-point an output
-    channel; activations are QuantizeLinear and DequantizeLinear, behind a Clip where the bits do not fill the type. The input
-    ``images`` has any batch size; the output is ``logits`` (``output`` when it is not ``[N, C]``, ``output_0``, ... of several).
+    channel; activations are QuantizeLinear and DequantizeLinear, behind a Clip where the bits do not fill the type. Logarithmic
+    grids are plain ops and a table; weights with two grids a channel are packed, with plain ops behind them. The input ``images`` has any
+    batch size; the output is ``logits`` (``output`` when it is not ``[N, C]``, ``output_0``, ... of several).
 
     Outputs are equal up to ties: a runtime sums in another order, and a value between two levels may land on the other one. Where
     weights and activations have 8 bits, onnxruntime computes convolutions in integers, with biases rounded to theirs; elsewhere in float.
@@ -210,7 +212,7 @@ def _compare_codes(model: Any, network: GraphModule, images: Tensor, values: dic
     result: Sequence[Tensor] = []
     for node, mine in sweep(network, [images]):
         module = module_of(node) if node.op == "call_module" else None
-        if isinstance(module, UniformQuantizer) and str(node.target) in theirs:
+        if isinstance(module, _QUANTIZERS) and str(node.target) in theirs:
             value = theirs[str(node.target)]
             off = _wrong_codes(module, ahead[node.all_input_nodes[0]], value)
             if off:
@@ -218,7 +220,7 @@ def _compare_codes(model: Any, network: GraphModule, images: Tensor, values: dic
                     f"quantizer {node.target} of the file gives other codes at {off} of {value.numel()} places", where=where, fix=REPORT
                 )
             mine[0] = value
-        if any(reader.op == "call_module" and isinstance(module_of(reader), UniformQuantizer) for reader in node.users):
+        if any(reader.op == "call_module" and isinstance(module_of(reader), _QUANTIZERS) for reader in node.users):
             ahead[node] = mine[0]
         if node.op == "output":
             result = tensors_of(mine[0])
@@ -227,11 +229,11 @@ def _compare_codes(model: Any, network: GraphModule, images: Tensor, values: dic
         raise ExportError(f"computes other outputs from equal codes: relative error {error:.2g}", where=where, fix=REPORT)
 
 
-def _wrong_codes(quantizer: UniformQuantizer, x: Tensor, theirs: Tensor) -> int:
+def _wrong_codes(quantizer: UniformQuantizer | LogQuantizer, x: Tensor, theirs: Tensor) -> int:
     """Return at how many places the values `theirs` are not those of `x`, nor those of the level beside it at a tie."""
     if x.shape != theirs.shape:
         return max(x.numel(), 1)
-    steps = x / quantizer.scale
+    steps = quantizer.steps(x) if isinstance(quantizer, LogQuantizer) else x / quantizer.along(quantizer.scale, x)
     apart = (quantizer.quantize(theirs) - quantizer.quantize(x)).abs()
     tie = ((steps - steps.floor()) - 0.5).abs() <= TIE
     on_grid = torch.isclose(quantizer(theirs), theirs, rtol=1e-5, atol=0)

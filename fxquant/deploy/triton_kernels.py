@@ -26,7 +26,7 @@ So a block of bytes is loaded once and its planes multiply p blocks of neighbour
 is ``code - zero``, one zero per output channel, taken off in registers; 8-bit weights are stored as they are.
 
 Rounding. Each step of the epilogue is rounded on its own, in the order of `IntegerLayer.reference`: a product is not contracted with
-the sum behind it (see `OPTIONS`), the division is the IEEE one. Half to even comes from adding and subtracting ``1.5 * 2^23``.
+the sum behind it (see `OPTIONS`). Half to even comes from adding and subtracting ``1.5 * 2^23``.
 
 This module imports Triton, `fxquant.deploy.cuda` imports it when the first kernel is launched. With ``TRITON_INTERPRET=1`` in the
 environment before that, the kernels run on the CPU, slowly.
@@ -89,11 +89,11 @@ _DEPTHWISE = [
 
 @triton.jit
 def _finish(
-    acc, factor, bias, residual, out, place, live, residual_scale, residual_zero, out_scale, out_zero, low, high,
+    acc, factor, bias, residual, out, place, live, scale_in, residual_scale, residual_zero, out_inverse, out_zero, low, high,
     RESIDUAL: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """Turn a block of sums into what is stored at `place`; `low` and `high` are counted from the zero-point."""
-    y = acc.to(tl.float32) * factor[None, :] + bias[None, :]
+    """Turn a block of sums into what is stored at `place`."""
+    y = acc.to(tl.float32) * scale_in * factor[None, :] + bias[None, :]
     if RESIDUAL > 0:
         r = tl.load(residual + place, mask=live, other=0).to(tl.float32)
         if RESIDUAL == 2:
@@ -101,8 +101,8 @@ def _finish(
         y = y + r
     if ROUND:
         # Cut before it is rounded, which is the same for whole limits, and keeps the sum with 1.5 * 2^23 exact.
-        steps = tl.minimum(tl.maximum(tl.div_rn(y, out_scale), low), high)
-        y = ((steps + 12582912.0) - 12582912.0) + out_zero
+        code = tl.minimum(tl.maximum(y * out_inverse + out_zero, low), high)
+        y = (code + 12582912.0) - 12582912.0
         tl.store(out + place, y.to(tl.int32).to(tl.uint8), mask=live)
     else:
         tl.store(out + place, y.to(out.dtype.element_ty), mask=live)
@@ -115,7 +115,7 @@ def _matrix_kernel(
     bucket,  # of the number of pixels: a reason to tune again, not read
     pixels, height, width, out_height, out_width, channels, group_in, group_out, row,
     stride_h, stride_w, pad_h, pad_w, step_h, step_w, zero_in,
-    residual_scale, residual_zero, out_scale, out_zero, low, high,
+    scale_in, residual_scale, residual_zero, out_inverse, out_zero, low, high,
     TAPS: tl.constexpr, ACROSS: tl.constexpr, BITS: tl.constexpr, SHIFTED: tl.constexpr, FLAT: tl.constexpr,
     RESIDUAL: tl.constexpr, ROUND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -176,7 +176,7 @@ def _matrix_kernel(
     place = m.to(tl.int64)[:, None] * (groups * group_out) + o[None, :]
     _finish(
         acc, tl.load(factor + o, mask=live_n, other=0.0), tl.load(bias + o, mask=live_n, other=0.0), residual, out, place,
-        live_m[:, None] & live_n[None, :], residual_scale, residual_zero, out_scale, out_zero, low, high, RESIDUAL, ROUND,
+        live_m[:, None] & live_n[None, :], scale_in, residual_scale, residual_zero, out_inverse, out_zero, low, high, RESIDUAL, ROUND,
     )  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def _depthwise_kernel(
     codes, weight, factor, bias, residual, out,
     bucket, pixels, height, width, out_height, out_width, channels, outputs,
     stride_h, stride_w, pad_h, pad_w, step_h, step_w, zero_in,
-    residual_scale, residual_zero, out_scale, out_zero, low, high,
+    scale_in, residual_scale, residual_zero, out_inverse, out_zero, low, high,
     TAPS: tl.constexpr, ACROSS: tl.constexpr, RESIDUAL: tl.constexpr, ROUND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -215,7 +215,7 @@ def _depthwise_kernel(
     place = m.to(tl.int64)[:, None] * outputs + o[None, :]
     _finish(
         acc, tl.load(factor + o, mask=live_n, other=0.0), tl.load(bias + o, mask=live_n, other=0.0), residual, out, place,
-        live_m[:, None] & live_n[None, :], residual_scale, residual_zero, out_scale, out_zero, low, high, RESIDUAL, ROUND,
+        live_m[:, None] & live_n[None, :], scale_in, residual_scale, residual_zero, out_inverse, out_zero, low, high, RESIDUAL, ROUND,
     )  # fmt: skip
 
 
@@ -231,6 +231,7 @@ def launch(
     window: Sequence[int],
     groups: int,
     bits: int,
+    scale_in: float,
     zero_in: int,
     shifted: bool,
     residual_grid: Sequence[float] | None,
@@ -249,10 +250,10 @@ def launch(
     kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, step_h, step_w = window
     pixels = batch * out_height * out_width
     kind = NO_RESIDUAL if residual is None else FLOAT_RESIDUAL if residual_grid is None else BYTE_RESIDUAL
-    scale, zero, low, high = out_grid or (1.0, 0.0, 0.0, 0.0)
+    grid = out_grid or (1.0, 0.0, 0.0, 0.0)
     residual_scale, residual_zero = residual_grid or (1.0, 0.0)
     # Zero-points and limits go in as floats: an integer 1 would turn into a constant of the kernel, and compile another one.
-    numbers = (residual_scale, float(residual_zero), scale, float(zero), float(low - zero), float(high - zero))
+    numbers = tuple(map(float, (scale_in, residual_scale, residual_zero, *grid)))
     shape = (triton.next_power_of_2(pixels), pixels, height, width, out_height, out_width, channels)
     steps = (stride_h, stride_w, pad_h, pad_w, step_h, step_w, zero_in)
     options = {"TAPS": kernel_h * kernel_w, "ACROSS": kernel_w, "RESIDUAL": kind, "ROUND": out_grid is not None}

@@ -6,11 +6,12 @@
         -1     0     1     2           code - zero_point
          0     1     2     3           code, here 2 bits unsigned with zero_point 1
 
-    code = clamp(round(x / scale) + zero_point, qmin, qmax),     Q(x) = (code - zero_point) * scale
+    code = clamp(round(x * (1 / scale) + zero_point), qmin, qmax),     Q(x) = (code - zero_point) * scale
 
-Codes are kept as floats that hold integers, so every op is a plain one (div, round, add, clamp, sub, mul): the result compiles
+Codes are kept as floats that hold integers, so every op is a plain one (mul, add, round, clamp, sub): the result compiles
 without a graph break, exports, and runs in float32 and float64. The real number 0 is always on the ladder, because zero_point
-is an integer inside the code range: padding and ReLU zeros stay exact.
+is an integer inside the code range: padding and ReLU zeros stay exact. The order of the ops, and the product with the inverse, are
+those of integer kernels (oneDNN), so that a value on the border of two codes gets the same one there and here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxquant.errors import ConfigError
@@ -99,9 +101,9 @@ def round_ste(x: Tensor) -> Tensor:
 
 
 class UniformQuantizer(nn.Module):
-    """Fake quantization with a fixed scale and zero-point: ``Q(x) = (clamp(round(x/s) + z, qmin, qmax) - z) * s``.
+    """Fake quantization with a fixed scale and zero-point: ``Q(x) = (clamp(round(x * (1/s) + z), qmin, qmax) - z) * s``.
 
-    Idempotent bit for bit: ``((q - z) * s) / s`` is within one float rounding of the integer ``q - z``, and rounds back to it.
+    Idempotent bit for bit: ``((q - z) * s) * (1/s)`` is within a few float roundings of the integer ``q - z``, and rounds back to it.
     The gradient is 0 almost everywhere, as that of ``round`` is; what is to be learned goes through :func:`round_ste`.
 
     Args:
@@ -130,7 +132,10 @@ class UniformQuantizer(nn.Module):
     def quantize(self, x: Tensor) -> Tensor:
         """Return the codes of x: a float tensor that holds integers in ``qmin..qmax``."""
         scale, zero_point = self._broadcast(x)
-        return ((x / scale).round() + zero_point).clamp(self.spec.qmin, self.spec.qmax)
+        steps, low = x * scale.reciprocal(), self.spec.qmin
+        if low:  # rounded as the unsigned bytes that kernels know: 0.49999999 + 128 is 128.5, which goes to the even 128
+            return (steps + (zero_point - low)).round().clamp(0, self.spec.levels - 1) + low
+        return (steps + zero_point).round().clamp(low, self.spec.qmax)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Return the values ``(codes - zero_point) * scale`` that the codes stand for."""
@@ -160,6 +165,15 @@ def along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
     shape = [1] * x.ndim
     shape[axis] = -1
     return values.view(shape)
+
+
+def short(scale: Tensor) -> Tensor:
+    """Return scales rounded to 16 significant bits, at most a 2^-16th away.
+
+    Products with codes are then exact in float32, so that to multiply and to add rounds once, whether or not a kernel fuses the two.
+    """
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp((mantissa * 2**16).round() / 2**16, exponent)
 
 
 def _check_parameters(spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> None:

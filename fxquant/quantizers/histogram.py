@@ -203,3 +203,63 @@ class HistogramObserver(nn.Module):
         kept = counts > 0
         dtype = self.low.dtype
         return Histogram(values[kept][None].to(dtype), counts[kept][None].to(dtype), self.low.view(1), self.high.view(1))
+
+
+class AxisObserver(nn.Module):
+    """Returns its input unchanged and remembers how its values are distributed, apart for each index of an axis.
+
+    Args:
+        name: the layer, put in front of error messages.
+        axis: the axis, whose size is that of the first input.
+    """
+
+    def __init__(self, name: str | None = None, axis: int = 1):
+        super().__init__()
+        self.name, self.axis = name, axis
+        self.rows = nn.ModuleList()
+
+    @property
+    def seen(self) -> bool:
+        """Whether any value has been seen."""
+        return len(self.rows) > 0
+
+    @property
+    def low(self) -> Tensor:
+        """The smallest value of each row, ``[C]``."""
+        return torch.stack([row.low for row in self.rows])  # type: ignore[misc]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Record x and return it.
+
+        Raises:
+            CalibrationError: x is empty or holds NaN or Inf.
+        """
+        parts = x.detach().unbind(self.axis)
+        if not self.seen:
+            self.rows.extend(HistogramObserver(self.name).to(x.device) for _ in parts)
+        for row, part in zip(self.rows, parts, strict=True):
+            row(part)
+        return x
+
+    def histogram(self) -> Histogram:
+        """Return what was seen as rows ``[C, M]``, short ones padded with values that count nothing.
+
+        Raises:
+            CalibrationError: nothing was seen.
+        """
+        if not self.seen:
+            return HistogramObserver(self.name).histogram()  # which says so
+        rows: list[Histogram] = [row.histogram() for row in self.rows]  # type: ignore[operator]
+        values, counts = (
+            nn.utils.rnn.pad_sequence([getattr(row, name)[0] for row in rows], batch_first=True) for name in ("values", "counts")
+        )
+        return Histogram(values, counts, torch.cat([row.low for row in rows]), torch.cat([row.high for row in rows]))
+
+
+Observer = HistogramObserver | AxisObserver
+"""What looks at an activation while it is calibrated."""
+
+
+def observer_of(name: str | None, axis: int | None) -> Observer:
+    """Return an observer of a tensor that gets one scale (None), or one for each index of an axis."""
+    return HistogramObserver(name) if axis is None else AxisObserver(name, axis)

@@ -1,7 +1,13 @@
 """Layers whose weight passes through a quantizer on its way to the multiply-adds.
 
     x ------------------> conv -> y         W' = weight_quantizer(weight)
-    weight -> quantizer ---^                frozen: the weight already is W' and the quantizer only keeps scale and zero-point
+    weight -> quantizer ---^
+
+    u = round(x / s_x) ---> conv -> * s_x -> * s_w -> + b -> y         frozen: the weight is the integers N = codes - zero_point
+    N ----------------------^
+
+Where a frozen layer reads a tensor on a grid of step ``s_x``, its sums are of integers: exact in float32 up to 2^24, in whatever order they
+are added. So the result is that of integer kernels bit for bit, on any machine and compiled or not.
 
 They are subclasses of torch's layers with the same attributes, so whatever knows an ``nn.Conv2d`` knows these.
 """
@@ -16,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.graph import sharing_copy
-from fxquant.quantizers.affine import QuantSpec, UniformQuantizer
+from fxquant.quantizers.affine import QuantSpec, UniformQuantizer, along
+from fxquant.quantizers.dual import DualQuantizer
 
 
 class QuantizedLayer(nn.Module):
@@ -26,18 +33,48 @@ class QuantizedLayer(nn.Module):
     weight_quantizer: UniformQuantizer
     bias: Tensor | None
     frozen: bool
+    input_scale: Tensor | None
+    """The step of the grid that the input lies on, ``[]``; None: it lies on none, or the layer is not frozen."""
+
+    convolve: Callable[..., Tensor]
+    """The plain operation, of ``(x, weight, bias)`` and what else the layer is called with."""
+
+    def forward(self, input: Tensor, *more: Any, **named: Any) -> Tensor:
+        """Return what the layer computes with its quantized weight."""
+        if not self.frozen:
+            return self.convolve(input, self.used_weight(), self.bias, *more, **named)
+        return self.from_sums(self.convolve(self.to_integers(input), self.weight, None, *more, **named))
+
+    def to_integers(self, x: Tensor) -> Tensor:
+        """Return the integers that x is multiples of, as floats; x itself where it lies on no grid."""
+        return x if self.input_scale is None else (x / self.input_scale).round()
+
+    def from_sums(self, sums: Tensor) -> Tensor:
+        """Return ``sums * s_x * s_w + b``, rounded in this order, which is that of integer kernels."""
+        axis = -1 if isinstance(self, nn.Linear) else -1 - len(self.kernel_size)  # type: ignore[arg-type]
+        outputs = sums.shape[axis]
+        scale = self.weight_quantizer.scale
+        if self.input_scale is not None:
+            sums = sums * self.input_scale
+        y = sums * along(scale.repeat(outputs // len(scale)) if len(scale) < outputs else scale, sums, axis)
+        return y if self.bias is None else y + along(self.bias, y, axis)
 
     def used_weight(self) -> Tensor:
         """Return the weight the layer multiplies with: on the grid, also while it is not frozen."""
-        return self.weight if self.frozen else self.weight_quantizer(self.weight)
+        return self.weight_quantizer.dequantize(self.codes()) if self.frozen else self.weight_quantizer(self.weight)
 
-    def freeze(self) -> QuantizedLayer:
-        """Return a copy whose stored weight is the quantized one; outputs stay bit-identical, since quantizing is idempotent."""
+    def freeze(self, input_scale: Tensor | None = None) -> QuantizedLayer:
+        """Return a copy that multiplies with integers and scales their sums; outputs stay equal up to rounding.
+
+        Args:
+            input_scale: the step of the grid that the input lies on, ``[]``; None: it is not known to lie on one.
+        """
         new = sharing_copy(self)
-        new.weight = nn.Parameter(self.used_weight().detach(), requires_grad=False)
+        new.weight = nn.Parameter(self.integers().detach(), requires_grad=False)
         if new.bias is not None:
             new.bias = nn.Parameter(new.bias.detach(), requires_grad=False)
         new.frozen = True
+        new.register_buffer("input_scale", None if input_scale is None else input_scale.detach().clone(), persistent=False)
         return new
 
     def scaled(self, gain: Tensor, shift: Tensor) -> QuantizedLayer:
@@ -50,18 +87,25 @@ class QuantizedLayer(nn.Module):
         new = sharing_copy(self)
         old = self.weight_quantizer
         new.weight_quantizer = UniformQuantizer(old.spec, old.scale * gain, old.zero_point)
-        # What learns later starts at the float weight, so it is scaled along; a code that rounding noise would change stays. A frozen
-        # weight is on the new grid to the bit, as it is when codes and scale are all that is stored of it.
-        codes, scaled = self.codes(), self.weight * old.along(gain, self.weight)
-        kept = (new.weight_quantizer.quantize(scaled) == codes) & (not self.frozen)
-        new.weight = nn.Parameter(torch.where(kept, scaled, new.weight_quantizer.dequantize(codes)).detach(), requires_grad=False)
+        if not self.frozen:
+            # What learns later starts at the float weight, so it is scaled along; a code that rounding noise would change stays.
+            codes, scaled = self.codes(), self.weight * old.along(gain, self.weight)
+            kept = new.weight_quantizer.quantize(scaled) == codes
+            new.weight = nn.Parameter(torch.where(kept, scaled, new.weight_quantizer.dequantize(codes)).detach(), requires_grad=False)
         bias = shift if self.bias is None else gain.repeat(len(shift) // len(gain)) * self.bias + shift
         new.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return new
 
     def codes(self) -> Tensor:
-        """Return the integers of the weight, as floats in ``qmin..qmax``, shaped like it."""
+        """Return the codes of the weight, as floats in ``qmin..qmax``, shaped like it."""
+        if self.frozen:
+            return self.weight + self.weight_quantizer.along(self.weight_quantizer.zero_point, self.weight)
         return self.weight_quantizer.quantize(self.weight)
+
+    def integers(self) -> Tensor:
+        """Return the codes minus their zero-points: the weight in steps of its scale, as floats."""
+        codes = self.codes()
+        return codes - self.weight_quantizer.along(self.weight_quantizer.zero_point, codes)
 
     @staticmethod
     def of(layer: nn.Module, weight_quantizer: UniformQuantizer) -> QuantizedLayer:
@@ -71,49 +115,61 @@ class QuantizedLayer(nn.Module):
         new.__class__ = kinds[0][1]
         new.weight_quantizer = weight_quantizer
         new.frozen = False
+        new.register_buffer("input_scale", None, persistent=False)
         assert isinstance(new, QuantizedLayer)
         return new
 
 
 class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
-    def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.used_weight(), self.bias)
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
 
 
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.used_weight(), self.bias)
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
 
 
 class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
-    def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.used_weight(), self.bias)
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
 
 
-def _transposed(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        shape = self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
-        more = self.output_padding if output_size is None else self._output_padding(input, output_size, *shape)
-        return convolve(input, self.used_weight(), self.bias, self.stride, self.padding, more, self.groups, self.dilation)
+class _QuantizedTransposed(QuantizedLayer):
+    operation: Callable[..., Tensor]
 
-    return forward
-
-
-class QuantizedConvTranspose1d(QuantizedLayer, nn.ConvTranspose1d):
-    forward = _transposed(F.conv_transpose1d)
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
+        layer: Any = self
+        shape = layer.stride, layer.padding, layer.kernel_size, len(layer.kernel_size), layer.dilation
+        more = layer.output_padding if output_size is None else layer._output_padding(x, output_size, *shape)
+        return type(self).operation(x, weight, bias, layer.stride, layer.padding, more, layer.groups, layer.dilation)
 
 
-class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
-    forward = _transposed(F.conv_transpose2d)
+class QuantizedConvTranspose1d(_QuantizedTransposed, nn.ConvTranspose1d):
+    operation = staticmethod(F.conv_transpose1d)
 
 
-class QuantizedConvTranspose3d(QuantizedLayer, nn.ConvTranspose3d):
-    forward = _transposed(F.conv_transpose3d)
+class QuantizedConvTranspose2d(_QuantizedTransposed, nn.ConvTranspose2d):
+    operation = staticmethod(F.conv_transpose2d)
+
+
+class QuantizedConvTranspose3d(_QuantizedTransposed, nn.ConvTranspose3d):
+    operation = staticmethod(F.conv_transpose3d)
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.used_weight(), self.bias)
+        """Return what the layer computes with its quantized weight; with two grids, from the sums of either."""
+        if not self.frozen or not isinstance(self.weight_quantizer, DualQuantizer):
+            return super().forward(input)
+        sums, scales = [F.linear(x, self.weight) for x in self.weight_quantizer.parts(self.to_integers(input))], self.weight_quantizer.scale
+        if self.input_scale is not None:
+            sums = [part * self.input_scale for part in sums]
+        y = sums[0] * scales[:, 0] + sums[1] * scales[:, 1]
+        return y if self.bias is None else y + self.bias
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
 
 QUANTIZED_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {

@@ -30,6 +30,8 @@ _SMALLEST = 1e-3
 class FakeQuantize(torch.autograd.Function):
     """Q(x) for one scale a tensor, in few passes over memory; where `keep` is 0, x stays as it is.
 
+    A value on the border of two codes may get the other one than from `UniformQuantizer`, which rounds behind the zero-point.
+
     Inside is what rounds onto the grid, so no codes are kept for the backward pass, only x and the output, which the layers around keep
     anyway; the gradient of the scale is ``(<g, out> - <dx, x>) / s``, to which elements that stay float add nothing. On the CPU, where
     reading a number back costs nothing, bounds are numbers: ops with numbers are several times faster than ops with tensors of one element.
@@ -268,10 +270,12 @@ class LearnedQuantizer(_Learned):
         if zero_point.requires_grad:
             rounded = zero_point.detach().round().clamp(self.spec.qmin, self.spec.qmax)
             zero_point = zero_point + (rounded - zero_point).detach()
-        if torch.compiler.is_compiling() and not self.drop:
-            quantized = learned_step(x, self.scale(), zero_point, self.spec.qmin, self.spec.qmax)
-            return torch.lerp(quantized, x, self.mix) if self.mix else quantized
         keep = self.masks.like(x, self.drop) if self.drop and self.masks else None
+        if self.spec.axis is not None or (torch.compiler.is_compiling() and not self.drop):
+            grid = self._along(self.scale(), x), self._along(zero_point, x)
+            quantized = learned_step(x, *grid, self.spec.qmin, self.spec.qmax)
+            quantized = quantized if keep is None else torch.lerp(x, quantized, keep)
+            return torch.lerp(quantized, x, self.mix) if self.mix else quantized
         quantized = FakeQuantize.apply(x, self.scale(), zero_point, self.spec.qmin, self.spec.qmax, keep)
         assert isinstance(quantized, Tensor)
         return torch.lerp(quantized, x, self.mix) if self.mix else quantized

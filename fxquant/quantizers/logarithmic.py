@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError, ConfigError
-from fxquant.quantizers.affine import QuantSpec
-from fxquant.quantizers.histogram import HistogramObserver
+from fxquant.quantizers.affine import QuantSpec, along
+from fxquant.quantizers.histogram import AxisObserver, Observer
 
 STEPS = {"log2": 1, "logsqrt2": 2}
 """Codes an octave of each logarithmic grid."""
@@ -39,8 +39,8 @@ class LogQuantizer(nn.Module):
     learned quantizer takes its place while a network is trained, and what stands in front of the softmax should learn all the same.
 
     Args:
-        spec: the bits; unsigned, symmetric, one scale for the tensor.
-        scale: the largest value d, positive and finite, shape ``[]``, in the dtype of the data.
+        spec: the bits; unsigned and symmetric.
+        scale: the largest value d, positive and finite, in the dtype of the data; shape ``[]``, or ``[C]`` where ``spec.axis`` is set.
         grid: ``"log2"`` or ``"logsqrt2"``.
 
     Raises:
@@ -53,10 +53,11 @@ class LogQuantizer(nn.Module):
         super().__init__()
         if grid not in STEPS:
             raise ConfigError(f"{grid!r} is no logarithmic grid", fix=f"Use one of {', '.join(STEPS)}")
-        if spec.signed or not spec.symmetric or spec.axis is not None:
-            raise ConfigError(f"{spec} is not unsigned, symmetric and per tensor", fix="Use QuantSpec(bits, symmetric=True)")
-        if scale.ndim or not scale.is_floating_point() or not bool(scale.isfinite() & (scale > 0)):
-            raise ConfigError("the scale is no positive number", fix="Give the largest value, as a tensor of shape []")
+        if spec.signed or not spec.symmetric:
+            raise ConfigError(f"{spec} is not unsigned and symmetric", fix="Use QuantSpec(bits, symmetric=True)")
+        dims, shape = (0, "[]") if spec.axis is None else (1, "[C]")
+        if scale.ndim != dims or not scale.is_floating_point() or not bool((scale.isfinite() & (scale > 0)).all()):
+            raise ConfigError("the scale is no positive number", fix=f"Give the largest value, as a tensor of shape {shape}")
         self.spec, self.grid = spec, grid
         self.register_buffer("scale", scale.detach().clone())
 
@@ -67,25 +68,28 @@ class LogQuantizer(nn.Module):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return the codes of x: a float tensor that holds integers in ``0..qmax``; x below 0 counts as 0."""
-        steps, zero = STEPS[self.grid], self.spec.qmax
-        code = (-steps * (x / self.scale).clamp_min(0).log2()).round()  # infinite for 0
-        return torch.where(code > min(zero - 1, steps * _OCTAVES), zero, code.clamp_min(0))
+        code, zero = self.steps(x).round(), self.spec.qmax
+        return torch.where(code > min(zero - 1, STEPS[self.grid] * _OCTAVES), zero, code.clamp_min(0))
+
+    def steps(self, x: Tensor) -> Tensor:
+        """Return how many steps x is below the largest value, as real numbers; infinite for 0 and below."""
+        return -STEPS[self.grid] * (x / along(self.scale, x, self.spec.axis)).clamp_min(0).log2()
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Return the values that the codes stand for."""
         steps = STEPS[self.grid]
-        value = self.scale * torch.exp2(-(codes / steps).ceil())
+        value = along(self.scale, codes, self.spec.axis) * torch.exp2(-(codes / steps).ceil())
         if steps == 2:
             value = value * (1 + (math.sqrt(2) - 1) * codes.remainder(2))
         return torch.where(codes == self.spec.qmax, 0.0, value)
 
     def extra_repr(self) -> str:
         """Describe the grid, for ``print(model)``."""
-        return f"{self.spec.bits} bits, {self.grid}, per tensor"
+        return f"{self.spec.bits} bits, {self.grid}, {'per tensor' if self.spec.axis is None else f'per index of axis {self.spec.axis}'}"
 
 
-def log_quantizer(observer: HistogramObserver, bits: int, grid: str = "log2", *, p: float = 2.4) -> LogQuantizer:
-    """Return the logarithmic quantizer with the smallest ``sum |x - Q(x)|^p`` over all that the observer saw.
+def log_quantizer(observer: Observer, bits: int, grid: str = "log2", *, p: float = 2.4) -> LogQuantizer:
+    """Return the logarithmic quantizer with the smallest ``sum |x - Q(x)|^p`` over all that the observer saw, apart for each row of it.
 
     The thresholds tried are the largest value seen, and those up to three octaves below it, sixteen an octave.
 
@@ -93,13 +97,13 @@ def log_quantizer(observer: HistogramObserver, bits: int, grid: str = "log2", *,
         CalibrationError: the observer saw nothing, or negative values.
         ConfigError: bits outside 2 to 8, or a grid that is not known.
     """
-    h, spec = observer.histogram(), QuantSpec(bits, symmetric=True)
+    h, axis = observer.histogram(), observer.axis if isinstance(observer, AxisObserver) else None
+    rows = QuantSpec(bits, symmetric=True, axis=0)
     if bool((h.low < 0).any()):
         raise CalibrationError("has negative values, which have no logarithm", where=observer.name, fix="Use a uniform quantizer")
-    high = h.high[0]
-    if not bool(high > 0):
-        return LogQuantizer(spec, torch.ones_like(high), grid)
-    tried = high * torch.exp2(-torch.arange(_TRIED_OCTAVES * _TRIED_PER_OCTAVE).to(high) / _TRIED_PER_OCTAVE)
-    quantizers = [LogQuantizer(spec, scale, grid) for scale in tried]
-    losses = torch.stack([((h.values - quantizer(h.values)).abs().double().pow(p) * h.counts).sum() for quantizer in quantizers])
-    return quantizers[int(losses.argmin())]
+    high = torch.where(h.high > 0, h.high, 1)
+    tried = high * torch.exp2(-torch.arange(_TRIED_OCTAVES * _TRIED_PER_OCTAVE).to(high) / _TRIED_PER_OCTAVE)[:, None]
+    quantizers = [LogQuantizer(rows, scale, grid) for scale in tried]
+    losses = torch.stack([((h.values - quantizer(h.values)).abs().double().pow(p) * h.counts).sum(1) for quantizer in quantizers])
+    best = tried.gather(0, losses.argmin(0)[None])[0]
+    return LogQuantizer(QuantSpec(bits, symmetric=True, axis=axis), best[0] if axis is None else best, grid)

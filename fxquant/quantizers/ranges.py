@@ -25,7 +25,7 @@ from torch import Tensor
 from fxquant.errors import CalibrationError, ConfigError, ModelError
 from fxquant.quantizers.affine import QuantSpec, UniformQuantizer
 from fxquant.quantizers.entropy import kl_grid
-from fxquant.quantizers.histogram import Histogram, HistogramObserver
+from fxquant.quantizers.histogram import AxisObserver, Histogram, Observer
 from fxquant.quantizers.search import grid_of_range, lp_grid
 
 # A step below this would make x / scale overflow float32 for ordinary x. Rows this small become zeros.
@@ -185,15 +185,16 @@ def weight_quantizer(
 
 
 def activation_quantizer(
-    observer: HistogramObserver, spec: QuantSpec, method: str = "lp", *, p: float = 2.4, percentile: float = 0.9999, steps: int = 100
+    observer: Observer, spec: QuantSpec, method: str = "lp", *, p: float = 2.4, percentile: float = 0.9999, steps: int = 100
 ) -> UniformQuantizer:
     """Return the quantizer of an activation, its range estimated on all that the observer saw.
 
     Raises:
         CalibrationError: the observer saw nothing, or negative values that the grid has no codes for.
-        ConfigError: as :func:`estimate_range`; or ``spec.axis`` is set: activations have one scale per tensor.
+        ConfigError: as :func:`estimate_range`; or ``spec.axis`` is not the axis that the observer kept apart.
     """
-    if spec.axis is not None:
-        raise ConfigError(f"axis={spec.axis} for an activation, which has one scale", where=observer.name, fix="Use axis=None")
+    axis = observer.axis if isinstance(observer, AxisObserver) else None
+    if spec.axis != axis:
+        raise ConfigError(f"axis={spec.axis} for an activation observed with axis={axis}", where=observer.name, fix=f"Use axis={axis}")
     h = observer.histogram()
     return UniformQuantizer(spec, *estimate_range(h, spec, method, p=p, percentile=percentile, steps=steps, where=observer.name))

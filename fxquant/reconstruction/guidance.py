@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from fxquant.calibration import activation_quantizers
 from fxquant.graph import called, fork, put_module
 from fxquant.placement import TensorPlan
-from fxquant.quantizers import HistogramObserver, UniformQuantizer
+from fxquant.quantizers import UniformQuantizer, observer_of
 from fxquant.recipe import Recipe
 from fxquant.reconstruction.learners import Learners
 from fxquant.reconstruction.losses import channel_loss
@@ -122,11 +122,11 @@ def choose_ranges_again(visit: Visit, student: GraphModule, recipe: Recipe) -> N
         if not isinstance(module, UniformQuantizer):
             continue
         path = str(node.target)
-        observer = HistogramObserver(path)
+        observer = observer_of(path, module.spec.axis)
         put_module(graph, path, observer)
         with torch.no_grad():
             for part in rows:
                 graph(*visit.quantized(part))
-        chosen = make(TensorPlan(path, module.spec.bits, ()), observer)
+        chosen = make(TensorPlan(path, module.spec.bits, (), axis=module.spec.axis), observer)
         for place in (graph, visit.student, student):
             put_module(place, path, chosen)

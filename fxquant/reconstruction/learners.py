@@ -64,8 +64,11 @@ class Learners:
 
     def _layer(self, path: str, layer: QuantizedLayer, weight: MakeWeight | None, biases: bool) -> nn.Module:
         self._layers[path] = layer
-        new = layer.freeze() if weight is None or layer.frozen else sharing_copy(layer)
-        if weight is not None and not layer.frozen:
+        new = sharing_copy(layer)
+        if weight is None or layer.frozen:  # quantized once, not at every step
+            new.weight, new.weight_quantizer = nn.Parameter(layer.used_weight().detach(), requires_grad=False), nn.Identity()
+            new.frozen = False
+        else:
             self.weights[path] = new.weight_quantizer = weight(layer.weight.detach(), layer.weight_quantizer)
             new.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
         start = layer.bias.detach() if layer.bias is not None else None

@@ -23,6 +23,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -185,3 +186,30 @@ class SizeNodes:
     def _call(self, target: Callable[..., Any], args: tuple[Any, ...]) -> Node:
         values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
         return self._emit("call_function", target, args, target(*values))
+
+
+def insert_before(node: Node, target: Any, *args: Any) -> Node:
+    """Insert into a traced graph, in front of `node` and inside the modules that it is inside of, a call with its fake value.
+
+    Args:
+        node: a node whose first argument is a tensor, which says what fake tensors the graph is made of.
+        target: a function, the name of a tensor's method, or ``"get_attr"``.
+        args: nodes and constants; of ``"get_attr"`` the path of a parameter or buffer.
+    """
+    graph, value = node.graph, node.all_input_nodes[0].meta["val"]
+    mode, owner = value.fake_mode, graph.owning_module
+    with graph.inserting_before(node):
+        if target == "get_attr":
+            new = graph.get_attr(args[0])
+        else:
+            new = graph.create_node("call_method" if isinstance(target, str) else "call_function", target, args)
+    # As in the tracer: a comparison that picks a kernel must not decide anything about the batch size.
+    with torch.no_grad(), mode.shape_env.suppress_guards(), mode, enable_python_dispatcher():
+        if target == "get_attr":
+            new.meta["val"] = mode.from_tensor(operator.attrgetter(args[0])(owner).detach(), static_shapes=True)
+        else:
+            given = torch.fx.map_arg(args, lambda parent: parent.meta["val"])
+            new.meta["val"] = getattr(given[0], target)(*given[1:]) if isinstance(target, str) else target(*given)
+    if "nn_module_stack" in node.meta:
+        new.meta["nn_module_stack"] = node.meta["nn_module_stack"]
+    return new

@@ -22,8 +22,8 @@ from fxquant.deploy.exported import Exported
 from fxquant.deploy.onnx_export import export_onnx
 from fxquant.deploy.onnx_graph import Rewriter
 from fxquant.errors import ExportError
-from fxquant.graph import called
-from fxquant.quantizers import QuantSpec, UniformQuantizer
+from fxquant.graph import called, put_module
+from fxquant.quantizers import LogQuantizer, QuantSpec, UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
 from fxquant.tree import tensors_of
 
@@ -32,6 +32,10 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 SYMMETRIC = fxquant.Recipe.FAST.replace(weight_symmetric=True, activation_symmetric=True)
+
+
+def logarithmic(grid: str, **more: Any) -> fxquant.Recipe:
+    return fxquant.Recipe.FAST.replace(softmax_quantizer=grid, **more)
 
 
 def quantize(net: nn.Module, w: int | None = 2, a: int | None = 2, **options: Any) -> torch.fx.GraphModule:
@@ -76,6 +80,10 @@ CASES = {
     "attention, two bits": (lambda: quantize(make("attention"), 2, 2), False),
     "attention, four bits": (lambda: quantize(make("attention"), 4, 4), False),
     "attention, weights only": (lambda: quantize(make("attention"), 4, None), False),
+    "attention, log2": (lambda: quantize(make("attention"), 4, 4, recipe=logarithmic("log2")), False),
+    "attention, logsqrt2, clip": (lambda: quantize(make("attention"), 3, 3, recipe=logarithmic("logsqrt2")), True),
+    "attention, log2, eight bits": (lambda: quantize(make("attention"), 8, 8, recipe=logarithmic("log2")), False),
+    "attention, a scale a head": (lambda: quantize(make("attention"), 4, 3, recipe=logarithmic("logsqrt2", matmul_scales="head")), False),
     "activations only": (lambda: quantize(make("linear_norm"), None, 4), False),
     "signed, two bits": (lambda: quantize(make("chain"), 2, 2, recipe=SYMMETRIC), False),
     "signed, six bits": (lambda: quantize(make("linear_norm"), 6, 6, recipe=SYMMETRIC), False),
@@ -251,16 +259,54 @@ def transparent(bits: int, signed: bool = False) -> torch.fx.GraphModule:
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize(("bits", "signed"), [(2, False), (2, True), (3, False), (4, True), (5, False), (7, True), (8, False)])
 def test_levels_far_outside_the_range_and_at_ties(tmp_path, bits, signed, clip):
-    """Exporters that only pick a wider type lose the clamp to the bits; values of every size come out as torch has them."""
+    """Exporters that only pick a wider type lose the clamp to the bits; values of every size come out as torch has them.
+
+    At a tie QuantizeLinear takes the even step, and integer kernels, which the simulation follows, the even code: with an odd zero-point,
+    the other one.
+    """
     quantized = transparent(bits, signed)
     steps = torch.cat([torch.arange(-600, 601) / 2, 10.0 ** torch.arange(3, 21), -(10.0 ** torch.arange(3, 21)), torch.tensor([0.0])])
     x = torch.nn.functional.pad(steps * 0.25, (0, 2 * 768 - len(steps))).view(2, 3, 16, 16)
     result = export_onnx(quantized, tmp_path / "a.onnx", clip=clip, images=x)
+    got, wanted = run(tmp_path / "a.onnx", x)[0], quantized(x).detach()
+    tie = (x * 4 - 0.5 == (x * 4 - 0.5).round()) & (quantized(x + 1e-3) != quantized(x - 1e-3))
+    assert torch.equal(got[~tie], wanted[~tie])
+    assert torch.allclose((got - wanted)[tie].abs(), torch.tensor(0.25 if signed or bits == 2 else 0.0))
+    assert got.unique().numel() == 2**bits
+    assert result.max_difference in (0, 0.25)
+    assert onnx.load(tmp_path / "a.onnx").graph.output[0].name == "output"
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+@pytest.mark.parametrize("grid", ["log2", "logsqrt2"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_logarithmic_levels(tmp_path, bits, grid, axis):
+    """Every level, what is between them, 0, and what is too small or too large for the grid."""
+    quantized = transparent(4)
+    (name,) = (str(node.target) for node, part in called(quantized) if isinstance(part, UniformQuantizer))
+    scale = torch.tensor(0.7) if axis is None else torch.tensor([0.7, 0.83, 1.3])
+    put_module(quantized, name, LogQuantizer(QuantSpec(bits, symmetric=True, axis=axis), scale, grid))
+    powers = torch.exp2(-torch.arange(0, 126, 0.0625)[:2000])  # no tie is among them, shifted by the scale as they are
+    values = torch.cat([powers, torch.tensor([0.0, 1.0, 2.0, 100.0])])
+    x = torch.nn.functional.pad(values, (0, 3 * 768 - len(values))).view(1, 3, 1, -1)
+    x = x.view(3, 3, 16, 16)
+    result = export_onnx(quantized, tmp_path / "a.onnx", images=x)
     got = run(tmp_path / "a.onnx", x)[0]
     assert torch.equal(got, quantized(x))
-    assert got.unique().numel() == 2**bits
     assert result.max_difference == 0
-    assert onnx.load(tmp_path / "a.onnx").graph.output[0].name == "output"
+    assert result.opset == 18
+    assert not {"QuantizeLinear", "Pow"} & {node.op_type for node in onnx.load(tmp_path / "a.onnx").graph.node}
+
+
+def test_a_wrong_table_is_noticed(tmp_path, monkeypatch):
+    real = Rewriter._float
+
+    def wrong(self, name, value):
+        return real(self, name, value.flip(0) if name.endswith(".table") else value)
+
+    monkeypatch.setattr(Rewriter, "_float", wrong)
+    with pytest.raises(ExportError, match=r"quantizer activations\.softmax\w* of the file gives other codes"):
+        export_onnx(quantize(make("attention"), 4, 4, recipe=logarithmic("log2")), tmp_path / "a.onnx")
 
 
 @pytest.mark.parametrize("clip", [False, True])

@@ -214,3 +214,27 @@ def test_names_of_what_stays_are_kept():
     assert [name for name in names(gm) if name in names(new)] == names(new)
     assert {node.name: node.target for node in new.graph.nodes}.items() <= {node.name: node.target for node in gm.graph.nodes}.items()
     assert all(module_of(node) is gm.get_submodule(node.target) for node, part in called(new) if not hasattr(part, "inplace"))
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda x: x.float(),
+        lambda x: x.to(torch.float32),
+        lambda x: x.to(x.dtype),
+        lambda x: x.type(torch.float32),
+        lambda x: x.type_as(x),
+        lambda x: x.to(x.device),
+    ],
+)
+def test_casts_to_the_same_type_vanish(cast):
+    new, log = canonical(lambda s, x: cast(x.abs()) + 1)
+    assert names(new) == ["x", "abs_1", "add", "output"]
+    assert log.count == 1
+
+
+@pytest.mark.parametrize("cast", [lambda x: x.double(), lambda x: x.to(torch.int32), lambda x: x.to(memory_format=torch.channels_last)])
+def test_casts_to_another_type_or_layout_stay(cast):
+    gm = traced(Net(lambda s, x: cast(x)))
+    _, log = apply(gm, Canonicalize())
+    assert log.count == 0

@@ -148,7 +148,7 @@ def test_refusals(body, norm, reason):
 
 
 def test_functional_norm_over_computed_statistics_is_refused():
-    body = lambda s, x: (y := s.conv(x), nn.functional.batch_norm(y, s.bn.running_mean * 1, s.bn.running_var))[1]  # noqa: E731
+    body = lambda s, x: (y := s.conv(x), nn.functional.batch_norm(y, s.bn.running_mean + y.mean(), s.bn.running_var))[1]  # noqa: E731
     assert refusals(Net(body, conv=copy.deepcopy(CONV), bn=copy.deepcopy(NORM))) == [
         ("batch_norm", "a functional batch norm whose statistics are no buffers of the network")
     ]

@@ -43,11 +43,11 @@ def leaves(output: object) -> list[Tensor]:
 
 @torch.no_grad()
 def assert_same(gm: GraphModule, new: GraphModule, x: Tensor) -> None:
-    """Equal up to float rounding, but for the few images in which a value lay on the border of two codes."""
+    """Equal up to the rounding of what is summed in floats: logits, and means over maps."""
     for mine, theirs in zip(leaves(new(x.clone())), leaves(gm(x.clone())), strict=True):
         assert mine.dtype == theirs.dtype
         difference = (mine - theirs).abs().flatten(1).amax(1) / theirs.abs().max()
-        assert (difference < 1e-4).float().mean() >= 0.9, difference
+        assert (difference < 1e-5).all(), difference
 
 
 @pytest.mark.parametrize("bits", [(2, 2), (4, 4), (8, 8)], ids="W{0[0]}A{0[1]}".format)

@@ -148,7 +148,7 @@ def test_refusals(body, reason):
     assert [text for _, text in log.skipped] == [reason]
 
 
-def test_weight_standardization_stays_functional():
+def test_weight_standardization_stays_functional_unless_it_is_folded():
     gm, _ = apply(traced(nn.Sequential(StdConv2d(3, 4, 3))), Canonicalize())
     new, log = apply(gm, ModularizeWeights())
     assert ops(new)["conv"] == 1 and classes(new) == {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from nets import apply, images, make, prepared
@@ -13,7 +15,7 @@ import fxquant
 from fxquant import Recipe
 from fxquant.calibration import activation_quantizers, weight_quantizers
 from fxquant.execution import sweep
-from fxquant.graph import called
+from fxquant.graph import called, put_module
 from fxquant.passes import InsertFakeQuant, InsertObservers, ReduceError
 from fxquant.passes.reduce_error import _folds
 from fxquant.placement import place
@@ -96,6 +98,32 @@ def test_refusals(name, refused):
     assert all(new.get_submodule(path) is gm.get_submodule(path) for path in refused)
 
 
+def test_activations_are_dropped_behind_their_last_reader(monkeypatch):
+    """`affordable_images` counts on it: two ops behind a layer, nothing holds what the float one gave or the quantized one read."""
+    given, taken, alive, fitted = [], [], [], ReduceError._fitted
+
+    def spy(self, name, layer, teacher, read, wanted, dual):
+        given.extend(map(weakref.ref, wanted))
+        taken.extend(weakref.ref(value) for value in read if not any(value is batch for batch in BATCHES))
+        return fitted(self, name, layer, teacher, read, wanted, dual)
+
+    monkeypatch.setattr(ReduceError, "_fitted", spy)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Sigmoid(), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Sigmoid(), nn.Tanh()
+    )
+    teacher, gm, step = quantized(net)
+    for graph, refs in ((teacher, given), (gm, taken)):
+        for path in ("4", "7"):
+            part = nn.Tanh()  # graphs share those that no pass changes
+            part.register_forward_hook(lambda *_, refs=refs: alive.append(sum(ref() is not None for ref in refs)))
+            put_module(graph, path, part)
+    apply(gm, step)
+    assert len(given) == 3 * len(BATCHES)
+    assert len(taken) == 2 * len(BATCHES)
+    assert len(alive) >= 3 * len(BATCHES)  # what is behind the last layer does not run in the teacher
+    assert not any(alive)
+
+
 def test_sums_beyond_the_budget_are_refused():
     _, gm, step = quantized("attention", recipe=MINMAX.replace(memory_gib=0.001))
     assert apply(gm, step)[1].skipped == []
@@ -145,3 +173,41 @@ def test_fewer_tokens_than_columns():
     few = [images(2)]
     qmodel = fxquant.quantize(net, few, 4, 4, recipe="erq", cat=False, progress=False)
     assert bool(qmodel(images(5)).isfinite().all())
+
+
+def constant_channels(x: Tensor) -> Tensor:
+    """Two channels with the same number everywhere: their columns, and those of the bias, are multiples of each other."""
+    return torch.cat([x[:, :1], torch.full_like(x[:, :1], 0.5), torch.full_like(x[:, :1], -2)], 1)
+
+
+def equal_channels(x: Tensor) -> Tensor:
+    return x[:, :1].expand(-1, 3, -1, -1).contiguous()
+
+
+def transformer(norm: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(2), norm, nn.Linear(16, 12), nn.GELU(), nn.Linear(12, 5)).eval()
+
+
+@pytest.mark.parametrize("name", ["attention", "linear_norm", "residual"])
+@pytest.mark.parametrize("make_images", [constant_channels, equal_channels, torch.zeros_like], ids=lambda f: f.__name__)
+def test_singular_sums(name, make_images):
+    batches = [make_images(batch) for batch in BATCHES]
+    qmodel = fxquant.quantize(make(name), batches, 4, 4, recipe="erq", cat=False, progress=False)
+    for network in (qmodel, fxquant.quantize(make(name), batches, 3, 3, recipe="erq", cat=False, edges="same", progress=False)):
+        assert bool(network(images(5)).isfinite().all())
+        assert all(bool(value.isfinite().all()) for value in network.state_dict().values())
+
+
+def test_a_norm_without_weight_and_bias():
+    """It cannot take the scales, says so, and everything else goes on."""
+    net = transformer(nn.LayerNorm(16, elementwise_affine=False))
+    qmodel = fxquant.quantize(net, BATCHES, 4, 4, recipe="erq", cat=False, progress=False)
+    logs = {log.name: log for log in fxquant.report(qmodel).record.passes}
+    assert logs["reparameterize_norms"].count == 0
+    assert ["has no weight and bias of its own" in why for _, why in logs["reparameterize_norms"].skipped] == [True]
+    assert logs["reduce_error"].count == 3
+    plain = fxquant.quantize(net, BATCHES, 4, 4, recipe=Recipe(stages=("ranges",)), progress=False)
+    x = torch.cat(BATCHES)
+    with torch.no_grad():
+        assert (qmodel(x) - net(x)).norm() < (plain(x) - net(x)).norm()

@@ -8,6 +8,7 @@ from torch import nn
 
 from fxquant.errors import ConfigError
 from fxquant.quantizers import QuantSpec, UniformQuantizer, round_ste
+from fxquant.quantizers.affine import short
 
 
 def quantizer(bits, signed, fraction, scale, dtype):
@@ -69,8 +70,17 @@ def test_per_channel_matches_a_loop_on_any_axis():
 def test_two_bit_codes_by_hand():
     q = UniformQuantizer(QuantSpec(2), torch.tensor(0.5), torch.tensor(1))
     x = torch.tensor([-9.0, -0.5, -0.25, 0.0, 0.25, 0.26, 0.75, 1.0, 9.0])
-    assert q.quantize(x).tolist() == [0, 0, 1, 1, 1, 2, 3, 3, 3]  # ties go to the even integer, before the zero-point
-    assert q(x).tolist() == [-0.5, -0.5, 0, 0, 0, 0.5, 1, 1, 1]
+    assert q.quantize(x).tolist() == [0, 0, 0, 1, 2, 2, 2, 3, 3]  # ties go to the even code
+    assert q(x).tolist() == [-0.5, -0.5, -0.5, 0, 0.5, 0.5, 0.5, 1, 1]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.floats(2.0**-100, 2.0**100, width=32), st.integers(-255, 255))
+def test_short_scales_have_exact_products(value, code):
+    scale = short(torch.tensor(value))
+    assert abs(scale.item() / value - 1) <= 2**-16 + 1e-7
+    assert (scale * code).item() == scale.item() * code  # in float64, where it is exact
+    assert torch.equal(short(scale), scale)
 
 
 @settings(deadline=None, max_examples=50)
@@ -171,4 +181,4 @@ def test_compiles_without_a_graph_break_and_exports_with_a_dynamic_batch(axis):
         assert torch.equal(compiled(batch), q(batch))
         assert torch.equal(program.module()(batch), q(batch))
     ops = {node.target.overloadpacket.__name__ for node in program.graph.nodes if node.op == "call_function"}
-    assert ops <= {"div", "round", "add", "clamp", "sub", "mul", "view"}
+    assert ops <= {"reciprocal", "round", "add", "clamp", "sub", "mul", "view"}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxquant.errors import CalibrationError, ConfigError
-from fxquant.quantizers import Histogram, HistogramObserver
+from fxquant.quantizers import AxisObserver, Histogram, HistogramObserver, QuantSpec, activation_quantizer, observer_of
 
 
 def observe(*batches):
@@ -153,3 +153,54 @@ def test_bad_tensors_are_refused(tensor):
 def test_a_missing_axis_is_refused():
     with pytest.raises(ConfigError, match="has no axis 2"):
         Histogram.of(torch.zeros(2, 2), axis=2)
+
+
+@settings(deadline=None, max_examples=10)
+@given(batch_lists, st.sampled_from([1, 2, -2]))
+def test_an_axis_is_observed_index_by_index(parts, axis):
+    """Rows are what an observer of their own would have seen, padded with values that count nothing."""
+    batches = [batch.view(5, 3, 20).movedim(1, axis) for batch in make_batches(parts)]
+    observer = AxisObserver("scores", axis)
+    assert not observer.seen
+    for batch in batches:
+        assert observer(batch) is batch
+    h = observer.histogram()
+    assert observer.seen and torch.equal(observer.low, h.low)
+    for index in range(3):
+        own = observe(*(batch.select(axis, index) for batch in batches)).histogram()
+        kept = own.values.shape[1]
+        assert torch.equal(h.values[index, :kept], own.values[0]) and torch.equal(h.counts[index, :kept], own.counts[0])
+        assert not h.counts[index, kept:].any()
+        assert h.low[index] == own.low[0] and h.high[index] == own.high[0]
+
+
+@pytest.mark.parametrize("method", ["lp", "minmax", "percentile", "kl"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_ranges_of_an_axis_are_those_of_its_parts(method, symmetric):
+    x = torch.randn(7, 3, 50, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 1.0, 30.0])[:, None] + 0.3
+    observer = AxisObserver("scores", 1)
+    observer(x)
+    found = activation_quantizer(observer, QuantSpec(4, signed=symmetric, symmetric=symmetric, axis=1), method)
+    for index in range(3):
+        own = activation_quantizer(observe(x[:, index]), QuantSpec(4, signed=symmetric, symmetric=symmetric), method)
+        torch.testing.assert_close(found.scale[index], own.scale)
+        assert found.zero_point[index] == own.zero_point
+
+
+def test_which_observer():
+    assert isinstance(observer_of("relu", None), HistogramObserver)
+    found = observer_of("softmax", 1)
+    assert isinstance(found, AxisObserver) and (found.name, found.axis) == ("softmax", 1)
+    with pytest.raises(CalibrationError, match="softmax: never saw data"):
+        found.histogram()
+    with pytest.raises(CalibrationError, match="softmax: the activation holds NaN"):
+        found(torch.full((1, 2), torch.nan))
+
+
+def test_an_observer_of_an_axis_is_copied_with_what_it_saw():
+    observer = AxisObserver("softmax", 1)
+    observer(torch.rand(4, 2, 3).double())
+    twin = copy.deepcopy(observer)
+    twin(torch.rand(4, 2, 3).double() + 5)
+    assert observer.histogram().high.max() < 1 < twin.histogram().high.min()
+    assert observer.histogram().values.dtype == torch.float64

@@ -66,12 +66,14 @@ def test_the_quantized_layer_is_one_of_torchs_and_shares_its_parameters(pair):
     assert not list(layer.children())
 
 
-def test_freezing_keeps_every_bit(pair):
+def test_freezing_keeps_the_codes(pair):
     layer, x = pair
-    quantized = quantize(layer)
+    quantized = quantize(layer.double())
     frozen = quantized.freeze()
-    assert torch.equal(frozen(x), quantized(x))
+    torch.testing.assert_close(frozen(x.double()), quantized(x.double()), rtol=1e-12, atol=1e-12)
     assert torch.equal(frozen.codes(), quantized.codes())
+    assert torch.equal(frozen.used_weight(), quantized.used_weight())
+    assert torch.equal(frozen.weight, frozen.weight.round())
     assert (frozen.frozen, quantized.frozen) == (True, False)
     assert quantized.weight is layer.weight
     assert not any(value.requires_grad for value in frozen.parameters())
@@ -99,11 +101,27 @@ def test_scaled(pair, freeze):
     assert scaled.frozen == quantized.frozen
     assert scaled.bias is not None and scaled.bias.shape == (channels,)
     torch.testing.assert_close(scaled.weight_quantizer.scale, gain * quantized.weight_quantizer.scale)
-    assert scaled.freeze()(x).equal(scaled(x))
-    # What learns later starts at the float weight, scaled along; a frozen weight is where codes and scale say it is.
+    torch.testing.assert_close(scaled.freeze()(x), scaled(x), rtol=1e-12, atol=1e-12)
+    # What learns later starts at the float weight, scaled along; a frozen weight is integers, which stay.
     along = scaled.weight_quantizer.along(gain, layer.weight)
-    start = scaled.weight_quantizer.dequantize(quantized.codes()) if freeze else layer.weight * along
-    assert torch.equal(scaled.weight, start)
+    assert torch.equal(scaled.weight, quantized.weight if freeze else layer.weight * along)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_frozen_layer_that_reads_a_grid_sums_integers(pair, bits):
+    """Up to 2^24 these sums are exact, so that float32 and float64 differ by the rounding of the scales and the bias alone."""
+    layer, x = pair
+    step = torch.tensor(0.37)
+    x = (x / x.abs().max() * 127).round() * step
+    frozen = QuantizedLayer.of(layer, weight_quantizer(layer.weight, weight_spec(layer, bits))).freeze(step)
+    integers, weight = (x.double() / 0.37).round(), frozen.integers().double()
+    sums = frozen.convolve(integers, weight, None)
+    assert torch.equal(frozen.convolve(frozen.to_integers(x), frozen.weight, None).double(), sums)
+    assert sums.abs().max() < 2**24
+    assert torch.equal(frozen.from_sums(sums.float()), frozen(x))
+    torch.testing.assert_close(
+        frozen(x), QuantizedLayer.of(layer, frozen.weight_quantizer)(x), rtol=1e-4, atol=1e-4 * float(frozen(x).abs().max())
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -14,7 +14,7 @@ from fxquant.calibration import activation_quantizers
 from fxquant.errors import CalibrationError, ConfigError
 from fxquant.graph import called
 from fxquant.placement import Plan, TensorPlan
-from fxquant.quantizers import HistogramObserver, LogQuantizer, QuantSpec, UniformQuantizer, log_quantizer
+from fxquant.quantizers import AxisObserver, HistogramObserver, LogQuantizer, QuantSpec, UniformQuantizer, log_quantizer
 
 GRIDS = ("log2", "logsqrt2")
 
@@ -106,8 +106,9 @@ def test_compiles_and_exports(grid):
         (lambda: quantizer(9, "log2"), "bits=9"),
         (lambda: quantizer(4, "log2", 0.0), "the scale is no positive number"),
         (lambda: quantizer(4, "log2", math.inf), "the scale is no positive number"),
-        (lambda: LogQuantizer(QuantSpec(4), torch.tensor(1.0)), "not unsigned, symmetric and per tensor"),
-        (lambda: LogQuantizer(QuantSpec(4, symmetric=True, axis=0), torch.ones(3)), "not unsigned, symmetric and per tensor"),
+        (lambda: LogQuantizer(QuantSpec(4), torch.tensor(1.0)), "not unsigned and symmetric"),
+        (lambda: LogQuantizer(QuantSpec(4, symmetric=True), torch.ones(3)), r"no positive number. Give .* of shape \[\]"),
+        (lambda: LogQuantizer(QuantSpec(4, symmetric=True, axis=0), torch.tensor(1.0)), r"no positive number. Give .* of shape \[C\]"),
     ],
 )
 def test_what_cannot_be_meant(make, message):
@@ -200,3 +201,17 @@ def test_learning_goes_through_it(images):
     recipe = Recipe.FINISH.replace(softmax_quantizer="logsqrt2", finish_iterations=3, finish_checks=1, finish_batch=16)
     qmodel = fxquant.quantize(Attention().eval(), images, 4, 4, recipe=recipe, progress=False)
     assert bool(qmodel(images[0]).isfinite().all())
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_scale_for_each_index_of_an_axis(grid):
+    x = torch.rand(6, 3, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.1, 0.0])[:, None]
+    observer = AxisObserver("softmax", 1)
+    observer(x)
+    q = log_quantizer(observer, 4, grid)
+    assert q.spec == QuantSpec(4, symmetric=True, axis=1) and q.scale.shape == (3,)
+    for index in range(3):
+        own = log_quantizer(seen(x[:, index]), 4, grid)
+        assert torch.equal(q.scale[index], own.scale)
+        assert torch.equal(q(x)[:, index], own(x[:, index]))
+    assert torch.equal(q(q(x)), q(x))

@@ -172,7 +172,7 @@ def test_inputs_and_targets_are_those_of_both_whole_networks_bit_for_bit(name, g
         ):
             assert len(names) == len(found)
             for output, value in zip(names, found, strict=True):
-                if name == "attention":  # the cache is row-major and its tokens are not: a mean over them rounds differently
+                if "attention" in name:  # the cache is row-major and its tokens are not: a mean over them rounds differently
                     torch.testing.assert_close(value, values[output], rtol=1e-6, atol=1e-6)
                 else:
                     assert torch.equal(value, values[output]), (visit.unit.name, output)

@@ -1,0 +1,130 @@
+"""How much of a network's work is done on quantized operands: multiply-adds, counted while one image goes through the graph.
+
+    relu -[q]-> conv(Wq)            counts as quantized: so many multiply-adds
+    images ---> conv(Wq)            float: reads the images
+    lstm                            float: opaque
+
+The counts are those of `torch.utils.flop_counter` (convolutions, matrix products and attention, whoever calls them), so what a module that
+stayed opaque does counts too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxquant.execution import sweep
+from fxquant.graph import is_tensor, module_of
+from fxquant.kinds import QUANTIZED, WEIGHTED, kind
+from fxquant.placement import layer_name, operands, source
+from fxquant.quantizers import LogQuantizer, UniformQuantizer
+from fxquant.quantizers.layers import QuantizedLayer
+
+
+@dataclass(frozen=True)
+class Work:
+    """The multiply-adds of one node for one image, and why they are not on quantized operands (nothing: they are)."""
+
+    name: str
+    multiply_adds: int
+    float_because: str = ""
+
+
+def count_work(gm: GraphModule, image: Tensor) -> list[Work]:
+    """Return every node of `gm`, float or quantized, that multiplies and adds.
+
+    Args:
+        gm: a graph whose nodes carry ``meta["val"]``.
+        image: ``[1, C, H, W]``, on the device of `gm`.
+    """
+    found, before = [], 0
+    with _Counter() as counter:
+        for node, _ in sweep(gm, [image]):
+            total = counter.get_total_flops()
+            if total > before:
+                found.append(Work(layer_name(node), (total - before) // 2, _why_float(node)))
+            before = total
+    return found
+
+
+def count_multiply_adds(network: Callable[[Tensor], Any], image: Tensor) -> int:
+    """Return the multiply-adds of any network for one image, graph or not."""
+    # The fused encoder layer of torch would hide what it multiplies.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), _Counter() as counter:
+            network(image)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    return counter.get_total_flops() // 2
+
+
+def share_quantized(work: list[Work]) -> float:
+    """Return the share of multiply-adds on quantized operands, from 0 to 1; 1 where there are none."""
+    total = sum(row.multiply_adds for row in work)
+    return sum(row.multiply_adds for row in work if not row.float_because) / total if total else 1.0
+
+
+def summary(work: list[Work], most: int = 10) -> dict[str, Any]:
+    """Return the sums and the largest work on floats as JSON-able values: what a record keeps."""
+    floats = sorted((row for row in work if row.float_because), key=lambda row: -row.multiply_adds)
+    total = sum(row.multiply_adds for row in work)
+    left = [[row.name, row.multiply_adds, row.float_because] for row in floats[:most]]
+    return {"all": total, "quantized": total - sum(row.multiply_adds for row in floats), "float": left}
+
+
+def describe_work(work: Mapping[str, Any]) -> str:
+    """Return what `summary` gives as one line."""
+    total = max(work["all"], 1)
+    text = f"{work['all'] / 1e6:,.2f} million multiply-adds an image, {100 * work['quantized'] / total:.2f} % on quantized operands"
+    left = [f"{name} {100 * count / total:.2f} % ({why})" for name, count, why in work["float"][:3]]
+    return f"{text}; float: {', '.join(left)}" if left else text
+
+
+class _Counter(FlopCounterMode):
+    """Torch's counter without its table, with recurrent layers, and without its hooks on every module."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False, custom_mapping={torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops})
+        self.mod_tracker = _Nowhere()  # type: ignore[assignment]
+
+
+class _Nowhere(AbstractContextManager[None]):
+    """Stands for the tracker of modules, which puts hooks on parameters that a module is called with, and fails without gradients."""
+
+    parents = frozenset({"Global"})
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def _recurrent_flops(inputs: Any, input_weight: Any, state_weight: Any, *_: Any, **__: Any) -> int:
+    """Return the operations of one recurrent layer from shapes: every step of every row is multiplied with both weights."""
+    return 2 * math.prod(inputs[:-1]) * (math.prod(input_weight) + math.prod(state_weight))
+
+
+def _why_float(node: Node) -> str:
+    word = kind(node)
+    if word not in QUANTIZED:
+        return "opaque" if node.op == "call_module" else f"{word} operation"
+    if word in WEIGHTED and not (node.op == "call_module" and isinstance(module_of(node), QuantizedLayer)):
+        return "its weight is float" if node.op == "call_module" else "its weight is computed"
+    given = operands(node)
+    needed = {"matmul": 2, "attention": 3}.get(word, 1)
+    if len(given) < needed:
+        return "an operand is no tensor of its own"
+    for operand in given:
+        made_by = source(operand)
+        if not (made_by.op == "call_module" and isinstance(module_of(made_by), UniformQuantizer | LogQuantizer)):
+            what = {"input": "the images", "constant": "a constant"}.get(kind(made_by), made_by.name)
+            return f"reads {what} in float" if is_tensor(made_by) else f"reads {made_by.name}, which is no tensor"
+    return ""

@@ -1,0 +1,165 @@
+"""FoldConstants: computed weights become stored ones, work on parameters alone is done once, all else stays."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import Net, apply, assert_equal, classes, images, ops, traced
+from timm.layers import ScaledStdConv2d, StdConv2d
+from torch import nn
+
+from fxquant.graph import called, fork
+from fxquant.passes import PREPARE, Canonicalize, FoldConstants, ModularizeWeights
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))))
+
+
+def folded(net: nn.Module):
+    gm, _ = apply(traced(net), Canonicalize())
+    new, log = apply(gm, FoldConstants())
+    assert_equal(gm, new)
+    return new, log
+
+
+def layer_names(gm) -> list[str]:
+    new, _ = apply(gm, ModularizeWeights())
+    return [str(node.target) for node, _ in called(new)]
+
+
+@pytest.mark.parametrize("layer", [StdConv2d, ScaledStdConv2d])
+def test_standardized_weights_are_stored_under_their_name(layer):
+    new, log = folded(nn.Sequential(layer(3, 4, 3, bias=True), nn.ReLU(), layer(4, 4, 3, bias=True)))
+    assert (log.count, log.skipped) == (2, [])
+    assert ops(new) == {"conv": 2, "relu": 1}
+    assert set(fork(new).state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert layer_names(new) == ["0", "1", "2"]
+
+
+def test_a_bias_put_together_of_parts():
+    net = Net(lambda s, x: F.linear(x, s.w, torch.cat([s.a, torch.zeros_like(s.a), s.a])), w=parameter(6, 16), a=parameter(2))
+    new, log = folded(net)
+    assert (log.count, ops(new)["concat"]) == (1, 0)
+    done, _ = apply(new, ModularizeWeights())
+    assert classes(done) == {"Linear": 1}
+
+
+def test_a_norm_whose_scale_is_computed():
+    net = Net(lambda s, x: F.batch_norm(x, s.mean, s.var, s.w + 1, s.w), w=parameter(3), mean=parameter(3), var=nn.Parameter(torch.rand(3)))
+    new, log = folded(net)
+    assert log.count == 1
+    assert classes(apply(new, ModularizeWeights())[0]) == {"BatchNorm2d": 1}
+
+
+def test_layers_that_read_no_image():
+    net = Net(lambda s, x: x + s.mlp(s.table).view(1, 3, 1, 16), mlp=nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 16)))
+    net.register_buffer("table", torch.randn(3, 2))
+    new, log = folded(net)
+    assert log.count == 1
+    assert ops(new) == {"view": 1, "add": 1}, "the last layer's output is stored, what only moves it is not"
+    assert [tuple(value.shape) for value in fork(new).state_dict().values()] == [(3, 16)]
+
+
+def test_positions_that_are_computed_for_every_image():
+    def body(s, x):
+        ids = torch.arange(16).expand(x.shape[0], -1)
+        return x + (F.one_hot(ids, 32).float() @ s.table)[:, None]
+
+    new, log = folded(Net(body, table=parameter(32, 16)))
+    assert log.count == 1
+    assert ops(new)["matmul"] == 0 and ops(new)["view"] == 1
+    assert [tuple(value.shape) for value in fork(new).state_dict().values()] == [(1, 16, 16)]
+    for count in (1, 2, 5):
+        assert torch.equal(new(images(count)), traced(Net(body, table=parameter(32, 16)))(images(count)))
+
+
+def test_what_differs_between_the_images_of_a_batch_stays():
+    new, log = folded(Net(lambda s, x: x + (torch.arange(x.shape[0]).float()[:, None] @ s.row)[:, None, None], row=parameter(1, 16)))
+    assert (log.count, ops(new)["matmul"]) == (0, 1)
+
+
+def test_a_product_of_parameters():
+    new, log = folded(Net(lambda s, x: x * (s.a @ s.b).sum(), a=parameter(4, 4), b=parameter(4, 4)))
+    assert (log.count, ops(new)["matmul"]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda s, x: F.conv2d(x, s.w * x.mean()),
+        lambda s, x: F.conv2d(x, s.w * x.shape[0]),
+        lambda s, x: F.conv2d(x, s.w, s.b),
+        lambda s, x: x + s.w.mean(),
+        lambda s, x: x + s.table[s.index].view(1, 1, 4, 1).repeat(1, 1, 4, 1),
+        lambda s, x: F.conv2d(x, F.dropout(s.w, 0.5, True)),
+    ],
+    ids=["reads the image", "reads the number of images", "stored", "no layer", "indexed table", "random"],
+)
+def test_what_stays(body):
+    net = Net(body, w=parameter(4, 3, 1, 1), b=parameter(4), table=parameter(3))
+    net.register_buffer("index", torch.tensor([0, 1, 2, 1]))
+    gm, _ = apply(traced(net), Canonicalize())
+    new, log = apply(gm, FoldConstants())
+    assert new is gm and log.count == 0
+
+
+def test_a_parameter_that_is_written_is_none():
+    def body(s, x):
+        table = torch.zeros_like(s.w)
+        table[:1] = s.w[:1] + x.mean()
+        return F.conv2d(x, table + s.w)
+
+    gm, _ = apply(traced(Net(body, w=parameter(4, 3, 1, 1))), Canonicalize())
+    new, _ = apply(gm, FoldConstants())
+    assert_equal(gm, new)
+    assert ops(new)["add"] == ops(gm)["add"]
+
+
+def test_what_is_written_into_is_no_constant():
+    def body(s, x):
+        table = torch.zeros(x.shape[0], 4, 3)
+        table[:, :2] = x.mean((2, 3))[:, None]
+        return x.mean((2, 3))[:, None] + table @ s.w
+
+    gm, _ = apply(traced(Net(body, w=parameter(3, 3))), Canonicalize())
+    new, log = apply(gm, FoldConstants())
+    assert_equal(gm, new)
+    assert log.count == 0
+
+
+def test_a_parameter_with_other_readers_keeps_its_value():
+    net = Net(lambda s, x: F.conv2d(x, s.w * 2) + F.conv2d(x, s.w), w=parameter(4, 3, 1, 1))
+    new, log = folded(net)
+    assert log.count == 1
+    assert torch.equal(new.w, net.w)
+    assert len(layer_names(new)) == 2
+
+
+def test_the_parameter_of_a_layer_that_is_called_too():
+    net = Net(lambda s, x: s.conv(x) + F.conv2d(x, s.conv.weight * 2), conv=nn.Conv2d(3, 4, 1))
+    gm, _ = apply(traced(net), Canonicalize())
+    state = copy.deepcopy(gm.state_dict())
+    new, log = apply(gm, FoldConstants())
+    assert_equal(gm, new)
+    assert log.count == 1
+    assert all(torch.equal(value, gm.state_dict()[name]) for name, value in state.items())
+    assert torch.equal(new.conv.weight, net.conv.weight)
+
+
+def test_weights_may_differ_between_runs():
+    """What a file is loaded into has the same graph, whatever its weights are."""
+    net = nn.Sequential(StdConv2d(3, 4, 3), nn.ReLU())
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other[0].weight.zero_()
+    graphs = []
+    for each in (net, other):
+        gm = traced(each)
+        for step in PREPARE:
+            gm, _ = apply(gm, step())
+        graphs.append(str(gm.graph))
+    assert graphs[0] == graphs[1]
