@@ -74,7 +74,7 @@ class QuantizedLayer(nn.Module):
         if new.bias is not None:
             new.bias = nn.Parameter(new.bias.detach(), requires_grad=False)
         new.frozen = True
-        new.register_buffer("input_scale", None if input_scale is None else input_scale.detach().clone(), persistent=False)
+        new.register_buffer("input_scale", None if input_scale is None else input_scale.detach().clone())
         return new
 
     def scaled(self, gain: Tensor, shift: Tensor) -> QuantizedLayer:
@@ -115,7 +115,7 @@ class QuantizedLayer(nn.Module):
         new.__class__ = kinds[0][1]
         new.weight_quantizer = weight_quantizer
         new.frozen = False
-        new.register_buffer("input_scale", None, persistent=False)
+        new.register_buffer("input_scale", None)
         assert isinstance(new, QuantizedLayer)
         return new
 
