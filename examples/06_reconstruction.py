@@ -46,6 +46,8 @@ ABLATION: dict[str, dict[str, Any]] = {
         "unit_rounding_rate": 3e-3,
     },
     "weights fixed": {"finish_weight_rate": 0.0},
+    "8-bit weights at the same share of their range": {"finish_level_power": 1.0},
+    "8-bit weights at an eighth of it": {"finish_level_power": 0.5},
     "weight scales fixed": {"finish_scale_rate": 0.0},
     "activation scales fixed": {"finish_activation_rate": 0.0},
     "biases fixed": {"finish_bias_rate": 0.0},

@@ -24,16 +24,14 @@ from __future__ import annotations
 import argparse
 import copy
 import fnmatch
-import importlib.util
+import importlib
 import json
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 import timm
 import torch
@@ -45,6 +43,8 @@ import fxquant
 from fxquant.coverage import Work, count_multiply_adds, count_work
 from fxquant.tree import tensors_of
 
+tracing = importlib.import_module("05_trace_coverage")  # beside this file, so it is found where this one is run as a script
+
 COVERED, COSINE = 0.99, 0.99
 SMALL = 128
 """Image size from which on a network is worth making for smaller images."""
@@ -52,16 +52,6 @@ COUNTING = 1e-3
 """How far two counts of the multiply-adds of a network may be apart: folding a constant takes some away."""
 
 
-def _load(name: str) -> ModuleType:
-    """Return an example as a module; a file name that begins with a number cannot be imported."""
-    spec = importlib.util.spec_from_file_location(name.partition("_")[2], Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tracing = _load("05_trace_coverage")
 Network = tuple[str, Callable[[], nn.Module], int]
 
 

@@ -68,12 +68,6 @@ def count_multiply_adds(network: Callable[[Tensor], Any], image: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def share_quantized(work: list[Work]) -> float:
-    """Return the share of multiply-adds on quantized operands, from 0 to 1; 1 where there are none."""
-    total = sum(row.multiply_adds for row in work)
-    return sum(row.multiply_adds for row in work if not row.float_because) / total if total else 1.0
-
-
 def summary(work: list[Work], most: int = 10) -> dict[str, Any]:
     """Return the sums and the largest work on floats as JSON-able values: what a record keeps."""
     floats = sorted((row for row in work if row.float_because), key=lambda row: -row.multiply_adds)
@@ -82,11 +76,15 @@ def summary(work: list[Work], most: int = 10) -> dict[str, Any]:
     return {"all": total, "quantized": total - sum(row.multiply_adds for row in floats), "float": left}
 
 
+def share_quantized(work: Mapping[str, Any]) -> float:
+    """Return the share of what `summary` gives that is on quantized operands, from 0 to 1; 1 where there is nothing to count."""
+    return work["quantized"] / work["all"] if work["all"] else 1.0
+
+
 def describe_work(work: Mapping[str, Any]) -> str:
     """Return what `summary` gives as one line."""
-    total = max(work["all"], 1)
-    text = f"{work['all'] / 1e6:,.2f} million multiply-adds an image, {100 * work['quantized'] / total:.2f} % on quantized operands"
-    left = [f"{name} {100 * count / total:.2f} % ({why})" for name, count, why in work["float"][:3]]
+    text = f"{work['all'] / 1e6:,.2f} million multiply-adds an image, {100 * share_quantized(work):.2f} % on quantized operands"
+    left = [f"{name} {100 * count / work['all']:.2f} % ({why})" for name, count, why in work["float"][:3]]
     return f"{text}; float: {', '.join(left)}" if left else text
 
 

@@ -59,7 +59,7 @@ class ChannelClamp(nn.Module):
 
 @dataclass(frozen=True)
 class Place:
-    """Where the channels of a layer are in a tensor: along `axis`, `width` neighbours for each of them."""
+    """Where the channels of a layer are in a tensor: along `axis`, `width` neighbors for each of them."""
 
     axis: int
     width: int = 1
@@ -207,7 +207,7 @@ def _pads_zeros(node: Node, axes_behind: int) -> bool:
 
 
 def _behind_view(node: Node, before: Tensor, after: Tensor, place: Place) -> Place | None:
-    """Find the axis behind a view whose neighbours all come from one channel, by the sizes in front of and behind it."""
+    """Find the axis behind a view whose neighbors all come from one channel, by the sizes in front of and behind it."""
     if node.op == "call_module":
         ordered = isinstance(module_of(node), _ORDERED_MODULES)
     else:
@@ -303,7 +303,7 @@ def balance(links: Sequence[Link], tolerance: float, sweeps: int, limit: float) 
         change = 0.0
         for index, link in enumerate(links):
             step = _wanted(link, sizes)
-            # What a neighbour brought within the limit joins in, as it would in a second run.
+            # What a neighbor brought within the limit joins in, as it would in a second run.
             free[index] |= step.abs() <= math.log(limit)
             step = torch.where(free[index], step, 0.0)
             found.logs[index] += step

@@ -139,15 +139,10 @@ def round_compensated(
         codes[:, done:cut] = refine(ladder.nearest(block, *grid), block, *grid, left, ladder, flips)
         real[:, cut:] -= (ladder.values(codes[:, done:cut], *grid) - block) @ made_up.T
         done = cut
-    groups = [quantizer.outlier.logical_not(), quantizer.outlier] if isinstance(quantizer, DualQuantizer) else [slice(None)]
+    groups = quantizer.columns() if isinstance(quantizer, DualQuantizer) else [slice(None)]
     codes, scale, bias = _polish(gram, weight, codes, scale, zero, ladder, flips, groups)
-    return _rescaled(quantizer, [scale[:, group][:, 0] for group in groups]), codes, bias
-
-
-def _rescaled(quantizer: UniformQuantizer, scales: list[Tensor]) -> UniformQuantizer:
-    if isinstance(quantizer, DualQuantizer):
-        return DualQuantizer(quantizer.spec, torch.stack(scales, 1).to(quantizer.scale), quantizer.zero_point, quantizer.outlier)
-    return UniformQuantizer(quantizer.spec, scales[0].to(quantizer.scale), quantizer.zero_point)
+    scales = torch.stack([scale[:, group][:, 0] for group in groups], 1).view_as(quantizer.scale)
+    return quantizer.with_grid(scales.to(quantizer.scale), quantizer.zero_point), codes, bias
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,12 @@ from fxquant.tracing.leaves import unwrap
 from fxquant.tree import tensors_of
 
 
-def check_network(model: nn.Module) -> nn.Module:
+def check_network(model: nn.Module, architecture: bool = False) -> nn.Module:
     """Return `model` without DataParallel and compiled wrappers.
+
+    Args:
+        model: what a user gave.
+        architecture: only its structure matters, its values may be anything.
 
     Raises:
         ModelError: it is no module, is quantized already, or a parameter is half precision, complex, not finite, or on the meta device.
@@ -35,7 +39,7 @@ def check_network(model: nn.Module) -> nn.Module:
         if (value.is_floating_point() or value.is_complex()) and value.dtype not in (torch.float32, torch.float64):
             kind = str(value.dtype).removeprefix("torch.")
             raise ModelError(f"is {kind}; ranges are chosen in float32", where=name, fix="Pass model.float()")
-        if value.is_floating_point() and not bool(value.isfinite().all()):
+        if not architecture and value.is_floating_point() and not bool(value.isfinite().all()):
             raise ModelError("holds NaN or Inf", where=name, fix="Re-load the checkpoint")
     kinds = {value.dtype: name for name, value in model.named_parameters() if value.is_floating_point()}
     if len(kinds) > 1:

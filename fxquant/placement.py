@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import ConfigError, ModelError, listed, one_of
@@ -44,6 +45,7 @@ MATMUL_SCALES = ("tensor", "head")
 """What the operand of a matmul has one scale for: the whole tensor, or each head (axis 1 of ``[N, heads, L, d]``)."""
 
 _MOVES_VALUES = {"view", "getitem", "pad", "max_pool"}
+_PICKS = {"select", "narrow", torch.select, torch.narrow}
 _PRODUCTS = QUANTIZED - WEIGHTED
 _HEADS = 1
 
@@ -175,7 +177,7 @@ def _way(node: Node) -> list[Node]:
 def _is_part(node: Node) -> bool:
     """Say whether `node` picks a part of a tensor: one of several that it was split into, or what an index selects."""
     if kind(node) != "getitem":
-        return False
+        return node.op in ("call_method", "call_function") and node.target in _PICKS
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     return not all(place is None or place is Ellipsis or place == slice(None) for place in index)
 
@@ -239,7 +241,7 @@ def _spot(op: Node, way: list[Node], heads: bool) -> Node:
 
 
 def _has_heads(node: Node) -> bool:
-    return is_tensor(node) and node.meta["val"].ndim == 4
+    return is_tensor(node) and node.meta["val"].ndim == 4 and isinstance(node.meta["val"].shape[_HEADS], int)
 
 
 def _ways(node: Node, images: bool = False) -> list[list[Node]]:

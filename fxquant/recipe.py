@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from fxquant.errors import ConfigError, one_of
+from fxquant.placement import MATMUL_SCALES
 
 T = TypeVar("T")
 
@@ -151,7 +152,10 @@ class Recipe:
     finish_iterations: int = 4000
     finish_batch: int = 64
     finish_weight_rate: float = 0.01
-    """Adam's peak rate for weights, in quarters of their range: steps of a two-bit grid, whatever the bits."""
+    """Adam's peak rate for weights of two bits, in steps of their grid."""
+    finish_level_power: float = 1.25
+    """How that rate grows with the levels L of a grid, ``(L / 4) ** power``. At 1, weights of all bits move by the same share of their
+    range; above, those of more bits, which are free to follow, move farther."""
     finish_scale_rate: float = 3e-3
     """Rate for the scales of weights, as a ratio to where they start."""
     finish_activation_rate: float = 3e-3
@@ -162,7 +166,7 @@ class Recipe:
     finish_temperature: float = 4.0
     """Temperature of the KL of the logits, which is weighted by its square."""
     finish_feature_weight: float = 100.0
-    """Weight of the normalised error at unit outputs."""
+    """Weight of the normalized error at unit outputs."""
     finish_mix: float = 0.0
     """Share of the float value in activations at the start."""
     finish_mix_until: float = 0.6
@@ -297,7 +301,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "weight_range": _RANGES,
     "activation_range": _RANGES,
     "softmax_quantizer": ("uniform", "log2", "logsqrt2"),
-    "matmul_scales": ("tensor", "head"),
+    "matmul_scales": MATMUL_SCALES,
     "weight_groups": ("one", "dual"),
     "bias_gain": ("none", "spread", "regression", "balanced"),
     "augment": ("none", "crop", "crop+flip"),
@@ -337,6 +341,7 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("finish_activation_rate", "finish_bias_rate"), (0.0, 10.0)),
     **dict.fromkeys(("unit_rounding_weight", "unit_kl_weight", "unit_correction_pull", "output_kl_penalty"), (0.0, 1e9)),
     "finish_feature_weight": (0.0, 1e9),
+    "finish_level_power": (0.0, 2.0),
     **dict.fromkeys(("unit_kl_temperature", "output_kl_temperature", "finish_temperature"), (1e-3, 1e3)),
     **dict.fromkeys(("unit_beta_start", "unit_beta_end"), (1.0, 1e3)),
     "scales_p": (1.0, 10.0),

@@ -1,6 +1,6 @@
 """One safetensors file for a quantized network: dense integer weights, scales, CAT, recipe and report. No pickle.
 
-    save:  weight [C, ...] float on its grid  ->  codes  ->  bits packed densely      "conv1.weight"            uint8
+    save:  weight [C, ...] integers in floats ->  codes  ->  bits packed densely      "conv1.weight"            uint8
                                                   scale, zero-point a channel         "conv1.weight_quantizer.scale", ".zero_point"
            everything else                                                            as it is
     load:  float architecture -> trace -> PREPARE -> place quantizers as recorded -> fill in
@@ -106,7 +106,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> GraphModule:
     record = Record.from_dict(header["record"])
     dtype = getattr(torch, record.input_dtype)
     example = torch.zeros(2, *record.input_shape, dtype=dtype)
-    network = copy.deepcopy(check_network(model)).eval().to("cpu", dtype)
+    network = copy.deepcopy(check_network(model, architecture=True)).eval().to("cpu", dtype)
     try:
         gm = network if isinstance(network, GraphModule) and is_traced(network) else trace(network, example)
     except TraceError as error:

@@ -56,7 +56,7 @@ class CorrectBias(Pass):
                 continue
             moments = Moments(wanted, values, axis)
             # Transposed convolutions share a scale among their groups, so the groups share a gain.
-            gain = moments.gain(self.gain).view(-1, layer.weight_quantizer.scale.numel()).mean(0)
+            gain = moments.gain(self.gain).view(-1, len(layer.weight_quantizer.scale)).mean(0)
             channel_gain = gain.repeat(len(moments.mean) // len(gain))
             shift = moments.mean - channel_gain * moments.mean_q
             put_module(gm, str(node.target), layer.scaled(gain, shift))

@@ -1,4 +1,4 @@
-"""EqualizeChannels: neighbouring layers share the range of each channel, so that one step fits all channels of a tensor."""
+"""EqualizeChannels: neighboring layers share the range of each channel, so that one step fits all channels of a tensor."""
 
 from __future__ import annotations
 

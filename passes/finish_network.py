@@ -118,7 +118,10 @@ class FinishNetwork(Pass):
                 by_levels.setdefault(learner.spec.levels, []).append(learner.latent)
         if finish:
             rates = [
-                *((latents, recipe.finish_weight_rate * levels / 4) for levels, latents in by_levels.items()),
+                *(
+                    (latents, recipe.finish_weight_rate * (levels / 4) ** recipe.finish_level_power)
+                    for levels, latents in by_levels.items()
+                ),
                 (weight_scales, recipe.finish_scale_rate),
                 (scales, recipe.finish_activation_rate),
                 (list(learners.biases.values()), recipe.finish_bias_rate),

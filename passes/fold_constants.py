@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
-from fxquant.graph import constant_of, free_path, is_impure, is_tensor, put_constant
+from fxquant.graph import constant_of, free_path, is_impure, is_tensor, module_of, put_constant
 from fxquant.kinds import QUANTIZED, WEIGHTED, kind
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.pipeline import Pass
@@ -28,7 +29,8 @@ class FoldConstants(Pass):
 
     Weight standardization, a bias put together of parts, a position bias that a small network makes of a table: with a stored weight the
     layer can be quantized like any other, and work that does not depend on the image is done once. Positions that are computed for each
-    image of a batch, all alike, are computed for one. A table that is merely indexed stays smaller as it is.
+    image of a batch, all alike, are computed for one. A table that is merely indexed stays smaller as it is. Which nodes those are is
+    up to the architecture, not to the weights: a file is loaded into a network with any. What a parameter has a share in is a parameter.
     """
 
     after = (Canonicalize,)
@@ -44,11 +46,11 @@ class FoldConstants(Pass):
         sources = _sources(node)
         alike = [str(source.target) for source in sources if (held := constant_of(source)) is not None and held.numel() == value.numel()]
         path = free_path(gm, f"{sources[0].target}_folded".replace(".", "_") if sources else f"{node.name}_folded")
-        put_constant(gm, path, value.clone())
+        put_constant(gm, path, nn.Parameter(value.clone(), requires_grad=False) if _is_learned(node) else value.clone())
         with gm.graph.inserting_before(node):
             stored = new = gm.graph.get_attr(path)
             if value.shape[:1] != node.meta["val"].shape[:1]:  # one image stands for all of the batch
-                images = next(other for other in gm.graph.nodes if other.op == "placeholder")
+                images = _images(gm)
                 size = gm.graph.call_method("size", (images, 0))
                 size.meta = {"val": images.meta["val"].shape[0]}
                 new = gm.graph.call_method("expand", (stored, size, *[-1] * (value.ndim - 1)))
@@ -67,7 +69,8 @@ class FoldConstants(Pass):
 
 def _folded(gm: GraphModule) -> dict[Node, Tensor]:
     """Return the nodes to store, with their values: parameters of layers, and the last products on the way to what reads the image."""
-    constants = _constants(gm)
+    sizes = _batch_sizes(gm)
+    constants = _constants(gm, sizes)
     wanted: list[Node] = []
     shown: dict[Node, bool] = {}
     """Whether something that reads the image sees a constant, but as the parameter of a layer, or through another product."""
@@ -78,24 +81,43 @@ def _folded(gm: GraphModule) -> dict[Node, Tensor]:
         )
         if is_tensor(node) and node.op != "get_attr" and (layers or (shown[node] and kind(node) in QUANTIZED)):
             wanted.append(node)
-    interpreter, values = Interpreter(gm), [_Values(gm, count) for count in (2, 3)]
+    counting = {node for node in wanted if not sizes.isdisjoint(_behind(node))}
     found = {}
     with torch.no_grad():
+        networks = [gm, _with_random_weights(gm)] if counting else [gm]
+        runs = [(Interpreter(network), [dict.fromkeys(sizes, count) for count in (2, 3)]) for network in networks]
         for node in reversed(wanted):
-            few, more = (_value(interpreter, node, each) for each in values)
-            if few.shape == more.shape:
-                if torch.equal(few, more):
-                    found[node] = few
-            elif len(few) == 2 and len(more) == 3 and torch.equal(more, few[:1].expand_as(more)):
-                found[node] = few[:1]
+            judged = runs if node in counting else runs[:1]
+            kept = [_of_any_batch(*(_value(interpreter, node, each) for each in values)) for interpreter, values in judged]
+            if kept[0] is not None and all(value is not None for value in kept):
+                found[node] = kept[0]
     return found
 
 
-class _Values(dict[Node, Any]):
-    """What constants are, by node, for a batch of `count` images."""
+def _of_any_batch(few: Tensor, more: Tensor) -> Tensor | None:
+    """Return what is the same for two images (`few`) and for three, or for each of the images; None where nothing is."""
+    if few.shape != more.shape:
+        if (len(few), len(more)) != (2, 3) or few.shape[1:] != more.shape[1:]:
+            return None
+        few = few[:1]
+    return few if torch.allclose(few.expand_as(more), more, rtol=0, atol=0, equal_nan=True) else None
 
-    def __init__(self, gm: GraphModule, count: int):
-        super().__init__((node, count) for node in gm.graph.nodes if _is_batch_size(node))
+
+def _with_random_weights(gm: GraphModule) -> GraphModule:
+    """Return a copy of `gm` with parameters that do not depend on its own: with zeros or NaN all images of a batch look alike."""
+    new, generator = copy.deepcopy(gm), torch.Generator().manual_seed(0)
+    for value in new.parameters():
+        if value.is_floating_point():
+            value.copy_(torch.rand(value.shape, generator=generator))
+    return new
+
+
+def _is_learned(node: Node) -> bool:
+    """Say whether a parameter has a share in the constant `node`, rather than buffers alone."""
+    return any(
+        isinstance(constant_of(other), nn.Parameter) or (other.op == "call_module" and any(True for _ in module_of(other).parameters()))
+        for other in _behind(node)
+    )
 
 
 def _is_read(gm: GraphModule, path: str) -> bool:
@@ -103,22 +125,27 @@ def _is_read(gm: GraphModule, path: str) -> bool:
     return any(node.op in ("get_attr", "call_module") and (path + ".").startswith(f"{node.target}.") for node in gm.graph.nodes)
 
 
-def _constants(gm: GraphModule, written: frozenset[Node] = frozenset()) -> dict[Node, None]:
-    """Return the nodes that depend on parameters, buffers and the number of images alone, in order, but for what is `written` into."""
+def _constants(gm: GraphModule, sizes: set[Node], written: frozenset[Node] = frozenset()) -> dict[Node, None]:
+    """Return the nodes that depend on parameters, buffers and `sizes`, the number of images, alone, in order, but for what is `written`."""
     found: dict[Node, None] = {}
     for node in gm.graph.nodes:
         computed = _is_repeatable(node) and all(parent in found for parent in node.all_input_nodes)
-        if _is_batch_size(node) or (node not in written and (node.op == "get_attr" or computed)):
+        if node in sizes or (node not in written and (node.op == "get_attr" or computed)):
             found[node] = None
         elif is_impure(node) and node.args and node.args[0] in found and node.op != "output":
-            return _constants(gm, written.union(_behind(node.args[0])))  # it may be a view of any of them
+            return _constants(gm, sizes, written.union(_behind(node.args[0])))  # it may be a view of any of them
     return found
 
 
-def _is_batch_size(node: Node) -> bool:
-    images = next(other for other in node.graph.nodes if other.op == "placeholder").meta.get("val")
-    value = node.meta.get("val")
-    return isinstance(value, torch.SymInt) and isinstance(images, Tensor) and str(value) == str(images.shape[0])
+def _images(gm: GraphModule) -> Node:
+    return next(node for node in gm.graph.nodes if node.op == "placeholder")
+
+
+def _batch_sizes(gm: GraphModule) -> set[Node]:
+    """Return the nodes that are the number of images."""
+    images = _images(gm).meta.get("val")
+    count = str(images.shape[0]) if isinstance(images, Tensor) else None
+    return {node for node in gm.graph.nodes if isinstance(node.meta.get("val"), torch.SymInt) and str(node.meta["val"]) == count}
 
 
 def _is_repeatable(node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""Freeze: store what is used."""
+"""Freeze: weights become integers, and layers sum integers."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class Freeze(Pass):
                 scale = short(module.scale)
                 if not torch.equal(scale, module.scale):
                     put_module(gm, str(node.target), UniformQuantizer(module.spec, scale, module.zero_point))
+                    self.changed()
                 if module.spec.axis is None:
                     steps[node] = scale
         steps = carried_grids(gm, steps)

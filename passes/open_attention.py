@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph import bypass, constant_of, device_of, free_path, is_tensor, put_constant
@@ -107,11 +108,17 @@ def _heads(node: Node) -> int:
 
 
 def _may_blind(mask: Node) -> bool:
-    """Say whether a row of `mask` may forbid everything; those of a stored mask are looked at, of a computed one its arithmetic is."""
-    stored = constant_of(mask)
+    """Say whether a row of `mask` may forbid everything; those of a buffer are looked at, of a computed mask its arithmetic is."""
+    stored = _buffer_of(mask)
     if stored is not None:
         return bool((~stored if stored.dtype == torch.bool else stored == -math.inf).all(-1).any())
     return mask.meta["val"].dtype == torch.bool or not _is_finite(mask)
+
+
+def _buffer_of(node: Node) -> Tensor | None:
+    """Return the buffer that `node` reads. A parameter passes for finite: its values, which a file may bring, have no say in the graph."""
+    stored = constant_of(node)
+    return None if isinstance(stored, nn.Parameter) else stored
 
 
 def _is_finite(node: Node) -> bool:
@@ -120,7 +127,7 @@ def _is_finite(node: Node) -> bool:
     while todo:
         current = todo.pop()
         seen.add(current)
-        stored = constant_of(current)
+        stored = _buffer_of(current)
         numbers = [value for value in (*current.args, *current.kwargs.values()) if isinstance(value, float)]
         if stored is not None and not bool(stored.isfinite().all()):
             return False

@@ -31,7 +31,8 @@ class ReduceError(Pass):
 
     x is what reaches the layer in the float network, x' what reaches it behind all layers done so far, activations quantized; `fxquant.erq`
     has the formulas. One forward pass in all: sums over the images are all that is kept. An output whose error would not be smaller than it
-    was stays as it is. With ``weight_groups="dual"``, a linear layer that reads a reparameterized layer norm gets two grids an output.
+    was stays as it is. With ``weight_groups="dual"``, a linear layer that reads a reparameterized layer norm gets two grids an output; one
+    that has two keeps them. A frozen layer is thawed, for a later `Freeze`.
 
     Args:
         teacher: the float graph, with the same layers in the same order.
@@ -99,7 +100,9 @@ class ReduceError(Pass):
         return None
 
     def _has_two_grids(self, node: Node, layer: QuantizedLayer) -> bool:
-        """Say whether the layer reads a layer norm that the last reparameterization was over; weights of 8 bits need no second grid."""
+        """Say whether it reads a layer norm that the last reparameterization was over (8 bits need no second grid), or has two already."""
+        if isinstance(layer.weight_quantizer, DualQuantizer):
+            return True
         if self.recipe.weight_groups == "one" or not isinstance(layer, nn.Linear) or layer.weight_quantizer.spec.bits == 8:
             return False
         read = node.all_input_nodes[0]
@@ -107,12 +110,12 @@ class ReduceError(Pass):
             read = source(read.all_input_nodes[0])
         return source(read).name in node.graph.owning_module.meta.get(DONE, ()) and layer.in_features > 1
 
-    def _quantizer(self, name: str, layer: nn.Module, dual: bool) -> UniformQuantizer:
-        """Return the grids of the float `layer`."""
+    def _quantizer(self, name: str, layer: nn.Module, dual: bool, old: UniformQuantizer) -> UniformQuantizer:
+        """Return the grids of the float `layer`, of the groups of columns of its `old` ones where these are two."""
         if not dual:
             return self.weights(self.plan.layers[name], layer)
         assert isinstance(layer.weight, Tensor)
-        outlier, parts = outlier_columns(layer.weight), []
+        outlier, parts = old.outlier if isinstance(old, DualQuantizer) else outlier_columns(layer.weight), []
         for columns in (~outlier, outlier):
             part = sharing_copy(layer)
             part.weight = nn.Parameter(layer.weight[:, columns], requires_grad=False)
@@ -131,7 +134,7 @@ class ReduceError(Pass):
         real = start if share is None else ridge(gram, start, share)
         float_layer = sharing_copy(teacher)
         float_layer.weight = nn.Parameter(real[:, :-1].reshape(teacher.weight.shape).to(teacher.weight), requires_grad=False)
-        quantizer = self._quantizer(name, float_layer, dual)
+        quantizer = self._quantizer(name, float_layer, dual, layer.weight_quantizer)
         quantizer, codes, bias = round_compensated(gram, real, quantizer, share or 1e-2, self.recipe.erq_flips)
         return _taken(layer, gram, quantizer, codes.reshape(layer.weight.shape), bias)
 
@@ -144,20 +147,23 @@ def _taken(layer: QuantizedLayer, gram: Gram, quantizer: UniformQuantizer, codes
     better = gram.error(_with_bias(weight, bias)) < before
     old_bias = torch.zeros_like(bias) if layer.bias is None else layer.bias
     new = sharing_copy(layer)
-    scale, zero = (_chosen(better, mine, its) for mine, its in ((quantizer.scale, old.scale), (quantizer.zero_point, old.zero_point)))
-    if isinstance(quantizer, DualQuantizer):
-        new.weight_quantizer = DualQuantizer(old.spec, scale, zero, quantizer.outlier)
-    else:
-        new.weight_quantizer = UniformQuantizer(old.spec, scale, zero)
-    rows = better.view(-1, *[1] * (like.ndim - 1))
-    new.weight = nn.Parameter(torch.where(rows, weight, layer.used_weight()), requires_grad=False)
+    new.frozen = False  # its weight is on the grid, in floats
+    new.register_buffer("input_scale", None)
+    new.weight_quantizer = quantizer.with_grid(
+        _chosen(better, quantizer.scale, old.scale), _chosen(better, quantizer.zero_point, old.zero_point)
+    )
+    new.weight = nn.Parameter(_chosen(better, weight, layer.used_weight()), requires_grad=False)
     new.bias = nn.Parameter(torch.where(better, bias, old_bias), requires_grad=False)
     return new
 
 
 def _chosen(better: Tensor, mine: Tensor, its: Tensor) -> Tensor:
     """Return the numbers of each output; one that keeps its single grid has it twice where the others have two."""
-    return torch.where(better, mine, its) if mine.ndim == 1 else torch.where(better[:, None], mine, its[:, None])
+    return torch.where(_column(better, mine.ndim), mine, _column(its, mine.ndim))
+
+
+def _column(values: Tensor, ndim: int) -> Tensor:
+    return values.view(*values.shape, *[1] * (ndim - values.ndim))
 
 
 def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,10 +12,12 @@ from torch import nn
 
 import fxquant
 from fxquant.deploy import cpu, cuda
+from fxquant.deploy.bytes import Quantize
 from fxquant.deploy.cpu import CpuIntegerLayer
+from fxquant.deploy.integers import Grid
 from fxquant.errors import ConfigError, FxquantWarning, ModelError
 from fxquant.kinds import kind
-from fxquant.quantizers import LogQuantizer
+from fxquant.quantizers import LogQuantizer, UniformQuantizer
 
 needs_vnni = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -39,6 +41,30 @@ def assert_same(lowered: nn.Module, simulation: nn.Module) -> None:
     with torch.no_grad():
         y, z = simulation(x), lowered(x)
     assert ((y - z).abs().amax(1) < 1e-5 * y.abs().max()).all()
+
+
+@needs_vnni
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("name", ["residual", "mobile"])
+def test_the_bytes_are_the_codes_of_the_simulation(calibration, name, bits):
+    """At every quantizer, to the bit: both sum integers, and round alike."""
+    simulation = fxquant.quantize(make(name), calibration, bits, bits, False, recipe="fast", edges="integer", progress=False)
+    lowered, x = fxquant.lower(simulation), small_images(9)
+    made = [value for value, module in values_of(lowered, x) if isinstance(module, CpuIntegerLayer | Quantize)]
+    made = [value for value in made if value.dtype == torch.uint8]
+    codes = [Grid.of(module).quantize(value) for value, module in values_of(simulation, x) if isinstance(module, UniformQuantizer)]
+    assert len(made) == len(codes) >= 6
+    for mine, theirs in zip(made, codes, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@torch.no_grad()
+def values_of(gm: torch.fx.GraphModule, x: torch.Tensor) -> list[tuple[torch.Tensor, nn.Module]]:
+    """Return what every module gives, in order."""
+    interpreter = torch.fx.Interpreter(gm)
+    interpreter.garbage_collect_values = False
+    interpreter.run(x)
+    return [(interpreter.env[node], gm.get_submodule(node.target)) for node in gm.graph.nodes if node.op == "call_module"]
 
 
 @needs_vnni

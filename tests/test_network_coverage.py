@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -19,12 +19,11 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "10_quantize_coverage.py"
 
 
 def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quantize_coverage", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(EXAMPLE.parent))  # as it is where the example is run as a script
+    try:
+        return importlib.import_module(EXAMPLE.stem)
+    finally:
+        sys.path.remove(str(EXAMPLE.parent))
 
 
 coverage = _load()

@@ -19,7 +19,8 @@ from fxquant.errors import ConfigError, ModelError
 from fxquant.kinds import kind
 from fxquant.passes import PREPARE, InsertObservers
 from fxquant.pipeline import Pipeline
-from fxquant.placement import LayerPlan, Plan, TensorPlan, _way, is_global_pool, operands, place, source
+from fxquant.placement import MATMUL_SCALES, LayerPlan, Plan, TensorPlan, _way, is_global_pool, operands, place, source
+from fxquant.recipe import _WORDS
 
 
 def fold(model: nn.Module, size: int = 64) -> GraphModule:
@@ -435,21 +436,45 @@ def sliced(x: torch.Tensor) -> Any:
     return tuple(part.unflatten(-1, (2, 4)).transpose(1, 2) for part in (x[..., :8], x[..., 8:16], x[..., 16:]))
 
 
-@pytest.mark.parametrize("of", [unbound, indexed, chunked, sliced])
+def stacked(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, 16, 3, 2, 4).permute(2, 0, 3, 1, 4)
+
+
+def selected(x: torch.Tensor) -> Any:
+    return tuple(stacked(x).select(0, part) for part in range(3))
+
+
+def selected_by_function(x: torch.Tensor) -> Any:
+    return tuple(torch.select(stacked(x), 0, part) for part in range(3))
+
+
+def narrowed(x: torch.Tensor) -> Any:
+    return tuple(x.narrow(-1, start, 8).unflatten(-1, (2, 4)).transpose(1, 2) for start in (0, 8, 16))
+
+
+def narrowed_by_function(x: torch.Tensor) -> Any:
+    return tuple(torch.narrow(x, -1, start, 8).unflatten(-1, (2, 4)).transpose(1, 2) for start in (0, 8, 16))
+
+
+SPLITS = [unbound, indexed, chunked, sliced, selected, selected_by_function, narrowed, narrowed_by_function]
+
+
+@pytest.mark.parametrize("of", SPLITS)
 def test_each_part_of_a_projection_has_a_quantizer_of_its_own(of):
     gm = prepared(Split(of))
     plan = place(gm, 2, 3)
     assert "qkv" not in plan.tensors
     (q, k), (p, v) = operands_of(gm, plan).values()
     kinds = {node.name: kind(node) for node in gm.graph.nodes}
-    assert [kinds[name] for name in (q, k, p, v)] == ["mul", "getitem", "softmax", "getitem"]
+    picked = "getitem" if of in (unbound, indexed, chunked, sliced) else "view"
+    assert [kinds[name] for name in (q, k, p, v)] == ["mul", picked, "softmax", picked]
     assert k != v and plan.tensors[p].softmax
     assert [plan.tensors[name].readers for name in (q, k, p, v)] == [("matmul",), ("matmul",), ("matmul_1",), ("matmul_1",)]
     assert_nothing_is_quantized_twice(gm, plan)
 
 
 @pytest.mark.parametrize("scales", ["tensor", "head"])
-@pytest.mark.parametrize("of", [unbound, indexed, chunked, sliced])
+@pytest.mark.parametrize("of", SPLITS)
 def test_a_whole_that_a_layer_reads_is_quantized_once(of, scales):
     """The convolution over v wants the projection behind v quantized, so k and v are on its grid already."""
     gm = prepared(Split(of, more=lambda s, q, k, v: s.conv(v)))
@@ -497,6 +522,19 @@ def test_a_scale_a_head():
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert place(prepared("attention"), 2, 3, matmul_scales="head").tensors["add"].axis is None, "[N, L, d] has no heads"
     assert {tensor.axis for tensor in place(gm, 2, 3).tensors.values()} == {None}
+
+
+def test_an_axis_as_long_as_the_batch_is_no_heads():
+    def body(s: Any, x: torch.Tensor) -> torch.Tensor:
+        x = s.stem(x).transpose(0, 1)
+        return (x @ x.transpose(-2, -1)).transpose(0, 1)
+
+    plan = place(prepared(Net(body, stem=nn.Conv2d(3, 4, 1))), 2, 3, matmul_scales="head")
+    assert {name: tensor.axis for name, tensor in plan.tensors.items()} == {"stem": None}
+
+
+def test_a_recipe_takes_the_same_words():
+    assert _WORDS["matmul_scales"] is MATMUL_SCALES
 
 
 def test_a_plan_of_an_older_file_has_one_scale_a_tensor():

@@ -193,6 +193,16 @@ def test_loading_never_edits_the_network(net, make_net, images, path, untouched,
     assert not mine & {value.untyped_storage().data_ptr() for value in architecture.state_dict().values()}
 
 
+def test_weights_of_the_architecture_do_not_matter(net, make_net, images, path):
+    """Those of a network that was made empty may be anything, NaN too."""
+    quantized = quantize(net, images)
+    empty = make_net(3)
+    with torch.no_grad():
+        for value in empty.parameters():
+            value.fill_(float("nan"))
+    check_round_trip(quantized, path, empty, images)
+
+
 def test_saving_never_edits_the_network(net, images, path, untouched):
     quantized = quantize(net, images, cat="paper")
     with untouched(quantized):

@@ -29,13 +29,13 @@ def test_a_chain_counted_by_hand():
     work = work_of(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=4), nn.Flatten(), nn.Linear(512, 5)).eval())
     assert {name: row.multiply_adds for name, row in work.items()} == {"0": 8 * 8 * 8 * 27, "2": 8 * 8 * 8 * 2, "4": 512 * 5}
     assert not any(row.float_because for row in work.values())
-    assert share_quantized(list(work.values())) == 1.0
+    assert share_quantized(summary(list(work.values()))) == 1.0
 
 
 def test_images_that_stay_float():
     work = work_of(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)).eval(), edges="8bit")
     assert [row.float_because for row in work.values()] == ["reads the images in float", ""]
-    assert share_quantized(list(work.values())) == pytest.approx(4 / 7)
+    assert share_quantized(summary(list(work.values()))) == pytest.approx(4 / 7)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_what_an_opaque_module_does_counts():
     assert not any(row.float_because for row in work_of(net).values())
     work = work_of(net, leaf_modules=(Inside,))
     assert (work["1"].multiply_adds, work["1"].float_because) == (256 * 4 * (36 + 4), "opaque")
-    assert share_quantized(list(work.values())) == pytest.approx((3 + 4) / (3 + 4 + 40))
+    assert share_quantized(summary(list(work.values()))) == pytest.approx((3 + 4) / (3 + 4 + 40))
 
 
 def test_attention_counts():
@@ -104,5 +104,5 @@ def test_the_report_says_it(net, images):
 
 
 def test_nothing_to_count():
-    assert share_quantized([]) == 1.0
-    assert describe_work(summary([])).startswith("0.00 million multiply-adds an image, 0.00 %")
+    assert share_quantized(summary([])) == 1.0
+    assert describe_work(summary([])) == "0.00 million multiply-adds an image, 100.00 % on quantized operands"

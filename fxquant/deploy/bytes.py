@@ -10,34 +10,28 @@ from fxquant.deploy.integers import Grid
 
 
 class _Boundary(nn.Module):
-    """Keeps the scale of `grid` as a tensor, as the simulation does."""
-
-    scale: Tensor
-
     def __init__(self, grid: Grid):
         super().__init__()
         self.grid = grid
-        self.register_buffer("scale", torch.tensor(grid.scale, dtype=torch.float32))
 
     def extra_repr(self) -> str:
         return str(self.grid)
 
 
 class Quantize(_Boundary):
-    """Float tensors to bytes on `grid`: ``clamp(round(x * (1 / s) + z), low, high)``, as the simulation rounds."""
+    """Float tensors to bytes on `grid`, rounded as in the simulation."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the bytes, uint8, of the shape of x."""
-        grid = self.grid
-        return (x * self.scale.reciprocal() + grid.zero_point).round().clamp(grid.low, grid.high).to(torch.uint8)
+        return self.grid.quantize(x)
 
 
 class Dequantize(_Boundary):
-    """Bytes to the float32 values that they stand for: ``(byte - z) * s``."""
+    """Bytes to the float32 values that they stand for."""
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return float32 of the shape of the bytes."""
-        return (codes.float() - self.grid.zero_point) * self.scale
+        return self.grid.dequantize(codes)
 
 
 class ByteMaxPool2d(nn.MaxPool2d):

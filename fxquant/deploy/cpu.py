@@ -1,6 +1,6 @@
 """Integer layers on x86: oneDNN's int8 convolutions and matrix products, weights packed once.
 
-    bytes -> [ VNNI: u8 x s8 -> int32 ] -> * (s_in s_w) + b -> (+ residual bytes) -> cut -> round -> bytes
+    bytes -> [ VNNI: u8 x s8 -> int32 ] -> * s_in * s_w + b -> (+ residual bytes) -> cut -> round -> bytes
 
 All of it is one call. What cuts bytes to fewer than 8 bits happens in the real domain, in front of the rounding (``hardtanh``), or, where a
 residual is added, on the bytes: oneDNN itself only saturates at 0 and 255, so 2-bit codes would become 4, 5, 6 (which is what fused

@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 from fxquant.errors import ConfigError, ExportError
 from fxquant.files import write_whole
 from fxquant.graph import called
-from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers import LogQuantizer, UniformQuantizer
 from fxquant.record import Record
 from fxquant.tracing.leaves import unwrap
 from fxquant.tree import tensors_of
@@ -146,10 +146,11 @@ def rounding_errors(network: GraphModule, images: Tensor, wanted: Sequence[Tenso
     def move(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         (x,) = inputs
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x.dtype)
-        return (x + ROUNDING * x.square().mean().sqrt() * noise,)
+        size = x if isinstance(module, LogQuantizer) else x.square().mean().sqrt()  # a softmax rounds each value at its own size
+        return (x + ROUNDING * size * noise,)
 
     for _, module in called(moved):
-        if isinstance(module, UniformQuantizer):
+        if isinstance(module, UniformQuantizer | LogQuantizer):
             module.register_forward_pre_hook(move)
     return image_errors(wanted, tensors_of(moved(images)))
 

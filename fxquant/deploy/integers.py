@@ -12,7 +12,7 @@ An activation that only cuts off (ReLU, ReLU6, Hardtanh) in front of the roundin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,11 @@ class Grid:
     zero_point: int
     low: int = 0
     high: int = 255
+    inverse: float = field(init=False, repr=False, compare=False)
+    """1 / scale, rounded to float32."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inverse", torch.tensor(self.scale, dtype=torch.float32).reciprocal().item())
 
     @staticmethod
     def of(quantizer: UniformQuantizer) -> Grid:
@@ -39,11 +44,6 @@ class Grid:
         spec = quantizer.spec
         zero_point = int(quantizer.zero_point.item()) - spec.qmin
         return Grid(quantizer.scale.item(), zero_point, 0, spec.levels - 1)
-
-    @property
-    def inverse(self) -> float:
-        """1 / scale, rounded to float32."""
-        return torch.tensor(self.scale, dtype=torch.float32).reciprocal().item()
 
     def within(self, low: float, high: float) -> Grid:
         """Return the grid cut to the real numbers ``low..high``, as an activation that clamps to them in front of the rounding does."""

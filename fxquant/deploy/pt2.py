@@ -18,7 +18,7 @@ def export_pt2(qmodel: nn.Module, path: str | os.PathLike[str], *, images: Tenso
     """Write a quantized network with torch.export, atomically, after it was loaded again and compared.
 
     The graph holds the ops of `qmodel`, so its outputs are bit-identical (`Exported.max_difference` is 0) where torch gives equal ops
-    equal results; some of its kernels round by where a tensor lies in memory. Weights are float values on their grids: the file is as
+    equal results; some of its kernels round by where a tensor lies in memory. Weights are integers in floats: the file is as
     large as that of the float network, and `fxquant.save` writes the small one.
 
     Args:

@@ -22,7 +22,7 @@ the C channels of a tap take ``Q = ceil(C / p)`` bytes: byte j has channel ``i Q
 
     2 bits, C = 8, Q = 2:      byte 0 = channels 0 2 4 6 (lowest bits first)      byte 1 = channels 1 3 5 7
 
-So a block of bytes is loaded once and its planes multiply p blocks of neighbouring channels; nothing is moved between the lanes. A weight
+So a block of bytes is loaded once and its planes multiply p blocks of neighboring channels; nothing is moved between the lanes. A weight
 is ``code - zero``, one zero per output channel, taken off in registers; 8-bit weights are stored as they are.
 
 Rounding. Each step of the epilogue is rounded on its own, in the order of `IntegerLayer.reference`: a product is not contracted with

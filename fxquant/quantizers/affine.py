@@ -149,6 +149,10 @@ class UniformQuantizer(nn.Module):
         """Return `values`, shaped like the scale, so that they broadcast along the channel axis of x."""
         return along(values, x, self.spec.axis)
 
+    def with_grid(self, scale: Tensor, zero_point: Tensor) -> UniformQuantizer:
+        """Return a quantizer of the same integers with another scale and zero-point, shaped like these."""
+        return UniformQuantizer(self.spec, scale, zero_point)
+
     def extra_repr(self) -> str:
         """Describe the grid, for ``print(model)``."""
         spec = self.spec

@@ -51,14 +51,20 @@ class DualQuantizer(UniformQuantizer):
         super().__init__(spec, scale.flatten(), zero_point.flatten())
         self.scale, self.zero_point = self.scale.view(-1, 2), self.zero_point.view(-1, 2)
         self.register_buffer("outlier", outlier.detach().clone())
+        self._sizes = [len(outlier) - int(outlier.sum()), int(outlier.sum())]
 
     def along(self, values: Tensor, x: Tensor) -> Tensor:
         """Return numbers of each grid ``[outputs, 2]`` as those of each weight ``[outputs, inputs]``."""
         return torch.where(self.outlier, values[:, 1:], values[:, :1])
 
-    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the inputs ``[..., inputs]`` of either group, zero where a column is of the other."""
-        return x.masked_fill(self.outlier, 0), x.masked_fill(~self.outlier, 0)
+    def with_grid(self, scale: Tensor, zero_point: Tensor) -> DualQuantizer:
+        """Return a quantizer of the same integers and groups with other scales and zero-points ``[outputs, 2]``."""
+        return DualQuantizer(self.spec, scale, zero_point, self.outlier)
+
+    def columns(self) -> tuple[Tensor, ...]:
+        """Return the indices of the columns of either group, in their order: the plain ones, those with outliers."""
+        # A sort, since how many a mask names is not known to a compiler; here it is.
+        return self.outlier.to(torch.uint8).argsort(stable=True).split(self._sizes)
 
     def extra_repr(self) -> str:
         """Describe the grid, for ``print(model)``."""

@@ -7,7 +7,8 @@
     N ----------------------^
 
 Where a frozen layer reads a tensor on a grid of step ``s_x``, its sums are of integers: exact in float32 up to 2^24, in whatever order they
-are added. So the result is that of integer kernels bit for bit, on any machine and compiled or not.
+are added; larger ones, rare even at 8 bits and in wide layers, are rounded. So the result is that of integer kernels bit for bit, whatever
+the batch and the memory order, and in compiled form where the compiler does not contract products and sums (on CPUs it does not).
 
 They are subclasses of torch's layers with the same attributes, so whatever knows an ``nn.Conv2d`` knows these.
 """
@@ -49,14 +50,22 @@ class QuantizedLayer(nn.Module):
         """Return the integers that x is multiples of, as floats; x itself where it lies on no grid."""
         return x if self.input_scale is None else (x / self.input_scale).round()
 
-    def from_sums(self, sums: Tensor) -> Tensor:
-        """Return ``sums * s_x * s_w + b``, rounded in this order, which is that of integer kernels."""
+    def from_sums(self, *sums: Tensor) -> Tensor:
+        """Return ``sums * s_x * s_w + b``, rounded in this order, which is that of integer kernels.
+
+        Args:
+            sums: those of the integers, one tensor for each grid of an output; their products with the scales are added.
+        """
         axis = -1 if isinstance(self, nn.Linear) else -1 - len(self.kernel_size)  # type: ignore[arg-type]
-        outputs = sums.shape[axis]
-        scale = self.weight_quantizer.scale
+        scale, outputs = self.weight_quantizer.scale, sums[0].shape[axis]
+        scales = (scale,) if scale.ndim == 1 else scale.unbind(1)
         if self.input_scale is not None:
-            sums = sums * self.input_scale
-        y = sums * along(scale.repeat(outputs // len(scale)) if len(scale) < outputs else scale, sums, axis)
+            sums = tuple(part * self.input_scale for part in sums)
+        first, *others = (
+            part * along(scale.repeat(outputs // len(scale)) if len(scale) < outputs else scale, part, axis)
+            for part, scale in zip(sums, scales, strict=True)
+        )
+        y = sum(others, first)
         return y if self.bias is None else y + along(self.bias, y, axis)
 
     def used_weight(self) -> Tensor:
@@ -81,15 +90,15 @@ class QuantizedLayer(nn.Module):
         """Return a copy whose output is ``gain * y + shift`` and whose weight keeps its codes.
 
         Args:
-            gain: positive, one for each scale of the weight; goes into that scale.
+            gain: positive, one for each index of the weight's channel axis; goes into its scale, or both of them.
             shift: one for each output channel; goes into the bias, which is made when there is none.
         """
         new = sharing_copy(self)
         old = self.weight_quantizer
-        new.weight_quantizer = UniformQuantizer(old.spec, old.scale * gain, old.zero_point)
+        new.weight_quantizer = old.with_grid(old.scale * gain.view(-1, *[1] * (old.scale.ndim - 1)), old.zero_point)
         if not self.frozen:
             # What learns later starts at the float weight, so it is scaled along; a code that rounding noise would change stays.
-            codes, scaled = self.codes(), self.weight * old.along(gain, self.weight)
+            codes, scaled = self.codes(), self.weight * along(gain, self.weight, old.spec.axis)
             kept = new.weight_quantizer.quantize(scaled) == codes
             new.weight = nn.Parameter(torch.where(kept, scaled, new.weight_quantizer.dequantize(codes)).detach(), requires_grad=False)
         bias = shift if self.bias is None else gain.repeat(len(shift) // len(gain)) * self.bias + shift
@@ -159,14 +168,11 @@ class QuantizedConvTranspose3d(_QuantizedTransposed, nn.ConvTranspose3d):
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     def forward(self, input: Tensor) -> Tensor:
-        """Return what the layer computes with its quantized weight; with two grids, from the sums of either."""
+        """Return what the layer computes with its quantized weight; with two grids, from the sums over the columns of either."""
         if not self.frozen or not isinstance(self.weight_quantizer, DualQuantizer):
             return super().forward(input)
-        sums, scales = [F.linear(x, self.weight) for x in self.weight_quantizer.parts(self.to_integers(input))], self.weight_quantizer.scale
-        if self.input_scale is not None:
-            sums = [part * self.input_scale for part in sums]
-        y = sums[0] * scales[:, 0] + sums[1] * scales[:, 1]
-        return y if self.bias is None else y + self.bias
+        x = self.to_integers(input)
+        return self.from_sums(*[F.linear(x[..., columns], self.weight[:, columns]) for columns in self.weight_quantizer.columns()])
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

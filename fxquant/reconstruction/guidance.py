@@ -68,7 +68,7 @@ def corrected_inputs(
 ) -> tuple[list[str], Callable[[Tensor], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]]:
     """Correct the float inputs of a unit towards the statistics of its batch norms (PD-Quant, section 3.3), and return names and reader.
 
-    The inputs x' of each batch minimise, by Adam, starting at the true float inputs x,
+    The inputs x' of each batch minimize, by Adam, starting at the true float inputs x,
 
         sum over norms, mean over images of |mean - m(x')|^2 + |deviation - s(x')|^2   +   pull * mean sum_channel |x' - x|^2
 

@@ -94,7 +94,7 @@ def restore(gm: GraphModule, state: Mapping[str, Tensor]) -> None:
     for node, module in list(called(gm)):
         path = str(node.target)
         if isinstance(module, QuantizedLayer):
-            new = sharing_copy(module)
+            new = sharing_copy(module if module.input_scale is None else module.freeze())
             new.weight_quantizer = _quantizer(module.weight_quantizer, state, f"{path}.weight_quantizer")
             new.weight = nn.Parameter(state[f"{path}.weight"].to(module.weight), requires_grad=False)
             if f"{path}.bias" in state:

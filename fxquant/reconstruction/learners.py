@@ -84,8 +84,11 @@ class Learners:
     def fixed(self) -> dict[str, nn.Module]:
         """Return what has been learned: by path, layers and quantizers that learn no more."""
         found: dict[str, nn.Module] = {path: learner.fixed() for path, learner in self.activations.items()}
+        # What frozen layers know of the grids that they read may be no longer so; Freeze tells them again.
+        bases = {path: layer.freeze() if layer.input_scale is not None else layer for path, layer in self._layers.items()}
+        found |= {path: base for path, base in bases.items() if base is not self._layers[path]}
         for path in {**self.weights, **self.biases}:
-            new = sharing_copy(self._layers[path])
+            new = sharing_copy(bases[path])
             if path in self.weights:
                 new.weight_quantizer = self.weights[path].fixed()
                 new.weight = nn.Parameter(self.weights[path].weight(), requires_grad=False)

@@ -1,4 +1,4 @@
-"""What is minimised, and how it changes over the iterations; closed forms, no state.
+"""What is minimized, and how it changes over the iterations; closed forms, no state.
 
 All losses are means over images and positions, summed over channels, so that a constant of a paper means here what it means there.
 """

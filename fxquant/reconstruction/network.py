@@ -2,7 +2,7 @@
 
     view -+-> teacher -----------------------> logits, features at unit outputs
           |                                      |        |
-          '-> student (learned quantizers) ----> KL   +   normalised error        ->  weights, scales, biases
+          '-> student (learned quantizers) ----> KL   +   normalized error        ->  weights, scales, biases
 
 Two stages are this loop: the finish, in which everything moves that costs nothing at inference, and the refinement by output KL, in which
 scales and zero-points move a little. Views are made from the number of the step, and what is kept is chosen on held-out calibration images.
@@ -162,7 +162,7 @@ class NetworkTraining:
         return outcome
 
     def loss(self, images: Tensor) -> Tensor:
-        """Return what is minimised for one batch, in float32."""
+        """Return what is minimized for one batch, in float32."""
         settings, (student, teacher) = self.settings, self.steps
         if settings.compile and self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()  # what the teacher gives lives until the next step, not until the student runs
@@ -187,7 +187,7 @@ class NetworkTraining:
     @torch.no_grad()
     def held_out_error(self) -> float:
         """Return the first term of the loss on the held-out images, all quantizers hard: ``T^2 KL`` to the float network at temperature T;
-        where there are no logits, the normalised error of the outputs."""
+        where there are no logits, the normalized error of the outputs."""
         self._mix(0.0)
         mine = self._outputs(self.student, self.held_out)
         if is_logits(mine):

@@ -1,7 +1,7 @@
 """Learn one unit: the rounding of its weights, and scales and biases where the recipe says so, against the outputs of its float twin.
 
 x = where(random < drop, float input, quantized input)
-minimise   |unit(x) - target|^2  +  w_r sum(1 - |2h - 1|^beta)  [+ w_k KL(teacher || float rest(unit(quantized input)))]
+minimize   |unit(x) - target|^2  +  w_r sum(1 - |2h - 1|^beta)  [+ w_k KL(teacher || float rest(unit(quantized input)))]
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class UnitLearning:
         return rows
 
     def loss(self, rows: Tensor, done: float) -> Tensor:
-        """Return what is minimised for the images `rows` when a share `done` of the iterations is over."""
+        """Return what is minimized for the images `rows` when a share `done` of the iterations is over."""
         settings, data = self.settings, self.data
         floats, targets = data.float_side(rows)
         quantized = data.visit.quantized(rows)

@@ -18,6 +18,7 @@ from fxquant.deploy import exported
 from fxquant.deploy.exported import batches_of, compare, image_errors, rounding_errors
 from fxquant.deploy.pt2 import export_pt2
 from fxquant.errors import ExportError
+from fxquant.quantizers import LogQuantizer, QuantSpec
 from fxquant.tree import tensors_of
 
 
@@ -168,6 +169,17 @@ def test_ties_that_explain_an_error(monkeypatch):
     own = rounding_errors(quantized, x, [wanted])
     assert own.max() > 1e-2
     assert check(quantized, x, [1.02 * wanted])["relative_error"] == pytest.approx(0.02, rel=1e-3)
+
+
+def test_ties_of_a_logarithmic_grid():
+    """Values between two powers, as a softmax may give them: each moves by a share of its own size, and 0 stays."""
+    log = LogQuantizer(QuantSpec(4, symmetric=True), torch.tensor(1.0))
+    graph = torch.fx.Graph()
+    graph.output(graph.call_module("0", (graph.placeholder("x"),)))
+    network = torch.fx.GraphModule(nn.Sequential(log), graph)
+    ties = torch.exp2(-0.5 - torch.arange(8.0)).repeat(3, 4)
+    for x, moves in ((ties, True), (ties * 2**0.5, False), (torch.zeros(3, 4), False)):
+        assert (rounding_errors(network, x, [network(x)]).max() > 0.01) == moves
 
 
 def test_image_errors():

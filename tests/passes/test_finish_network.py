@@ -74,3 +74,12 @@ def test_no_iterations(nets, stage):
     new, log = finished(nets, stage, finish_iterations=0, output_kl_iterations=0)
     assert new is nets[1]
     assert log.notes == ["0 iterations: nothing was learned"]
+
+
+@pytest.mark.parametrize(("power", "factor"), [(0.0, 1), (1.0, 64), (1.25, 64**1.25)])
+def test_weights_of_more_levels_move_faster(nets, power, factor):
+    recipe = RECIPE.replace(finish_weight_rate=0.01, finish_level_power=power)
+    training = FinishNetwork(nets[0], [X], [X], recipe, 0, torch.device("cpu")).training(nets[1])
+    rates = {id(parameter): rate for parameters, rate in training.groups for parameter in parameters}
+    bits = {learner.spec.bits: rates[id(learner.latent)] for learner in training.latents}
+    assert bits == pytest.approx({2: 0.01, 8: 0.01 * factor})

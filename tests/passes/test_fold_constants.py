@@ -11,6 +11,7 @@ from nets import Net, apply, assert_equal, classes, images, ops, traced
 from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import nn
 
+import fxquant
 from fxquant.graph import called, fork
 from fxquant.passes import PREPARE, Canonicalize, FoldConstants, ModularizeWeights
 
@@ -163,3 +164,79 @@ def test_weights_may_differ_between_runs():
             gm, _ = apply(gm, step())
         graphs.append(str(gm.graph))
     assert graphs[0] == graphs[1]
+
+
+def normed(s, x):
+    """Weight normalization, written out: zeros give NaN."""
+    return F.conv2d(x, s.g * s.v / s.v.norm(2, (1, 2, 3), keepdim=True), s.b)
+
+
+def numbered(s, x):
+    """A product that differs between the images of a batch, but for weights of zero or NaN."""
+    return normed(s, x) + (torch.arange(x.shape[0]).float()[:, None] @ s.row)[:, None, None]
+
+
+def placed(s, x):
+    """Positions that are computed for every image, out of weights alone."""
+    return normed(s, x) + (s.row.T.expand(x.shape[0], -1, -1) / s.row.norm() @ s.row)[:, None]
+
+
+def counted(s, x):
+    return F.conv2d(x, s.g * s.v * x.shape[0], s.b)
+
+
+BODIES = {"weight norm": normed, "product by image": numbered, "product for each image": placed, "times the number of images": counted}
+
+
+def weighted(body) -> nn.Module:
+    members = {"g": parameter(8, 1, 1, 1), "v": parameter(8, 3, 3, 3), "b": parameter(8), "row": parameter(1, 14)}
+    head = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    return nn.Sequential(Net(body, **members), head).eval()
+
+
+def filled(net: nn.Module, value: float) -> nn.Module:
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.fill_(value)
+    return other
+
+
+def graph_of(net: nn.Module) -> str:
+    gm = traced(net)
+    for step in PREPARE:
+        gm, _ = apply(gm, step())
+    return str(gm.graph)
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, 1.0])
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_what_is_folded_is_not_up_to_the_weights(body, value):
+    assert graph_of(filled(weighted(body), value)) == graph_of(weighted(body))
+
+
+@pytest.mark.parametrize("body", [normed, numbered, placed])
+def test_loading_into_a_network_without_weights(body, tmp_path):
+    net = weighted(body)
+    quantized = fxquant.quantize(net, [images(8)], 8, 8, cat=False, recipe="fast", progress=False)
+    fxquant.save(quantized, tmp_path / "network.safetensors")
+    loaded = fxquant.load(tmp_path / "network.safetensors", filled(net, 0.0))
+    assert torch.equal(loaded(images(3)), quantized(images(3)))
+
+
+def test_what_a_parameter_has_a_share_in_is_one():
+    net = Net(lambda s, x: x + (s.a @ s.b).sum() + (s.b @ s.b).sum() + s.mlp(s.b).sum(), a=parameter(4, 4), mlp=nn.Linear(4, 2))
+    net.register_buffer("b", torch.randn(4, 4))
+    new, log = folded(net)
+    assert log.count == 3
+    shared = {name: isinstance(value, nn.Parameter) for name, value in fork(new).state_dict(keep_vars=True).items()}
+    assert sorted(shared.values()) == [False, True, True], shared
+
+
+def test_sizes_that_two_axes_have():
+    def body(s, x):
+        ones = s.a.expand(x.shape[0], 1)
+        return x.mean((2, 3)) + (ones @ ones.T).sum()
+
+    _, log = folded(Net(body, a=parameter(1, 1)))
+    assert log.count == 0

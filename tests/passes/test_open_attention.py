@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -267,6 +268,56 @@ def test_it_is_part_of_the_preparation():
     assert PREPARE.index(Canonicalize) < PREPARE.index(OpenAttention)
     new = Pipeline([step() for step in PREPARE]).run(traced("fused_attention"))
     assert ops(new)["attention"] == 0 and ops(new)["matmul"] == 2
+
+
+class Masked(nn.Module):
+    """Attention whose mask is a parameter, or is made of one."""
+
+    def __init__(self, mask: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.patch, self.fc, self.mask = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5), mask
+        self.whole, self.table = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(31))
+        self.mlp = nn.Linear(2, 1)
+        self.register_buffer("index", torch.arange(16)[:, None] - torch.arange(16) + 15)
+        self.register_buffer("places", torch.randn(16, 16, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        return self.fc(F.scaled_dot_product_attention(x, x, x, attn_mask=self.mask(self)).mean(1))
+
+
+MASKS: dict[str, Callable[[Any], Tensor]] = {
+    "stored": lambda s: s.whole,
+    "computed": lambda s: s.whole * 2.0,
+    "out of a table": lambda s: s.table[s.index],
+    "out of a network, folded": lambda s: s.mlp(s.places)[..., 0],
+    "bool": lambda s: s.whole > 0,
+}
+
+
+def filled(net: nn.Module, value: float) -> nn.Module:
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.fill_(value)
+    return other
+
+
+@pytest.mark.parametrize("value", [0.0, -math.inf, math.nan])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_the_graph_is_not_up_to_parameters(mask, value):
+    net = Masked(mask).eval()
+    prepared = [Pipeline([step() for step in PREPARE]).run(trace(each, torch.randn(2, 3, 16, 16))) for each in (net, filled(net, value))]
+    assert ops(prepared[0])["attention"] == 0
+    assert str(prepared[0].graph) == str(prepared[1].graph)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_loading_into_a_network_without_weights(mask, tmp_path):
+    net, images = Masked(mask).eval(), torch.randn(8, 3, 16, 16)
+    quantized = fxquant.quantize(net, [images], 8, 8, cat=False, recipe="fast", progress=False)
+    fxquant.save(quantized, tmp_path / "network.safetensors")
+    assert torch.equal(fxquant.load(tmp_path / "network.safetensors", filled(net, 0.0))(images), quantized(images))
 
 
 @settings(max_examples=15, deadline=None)

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from nets import apply, images, make, prepared
+from nets import Net, apply, images, make, prepared
 from test_insert_fake_quant import MINMAX
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -16,19 +16,22 @@ from fxquant import Recipe
 from fxquant.calibration import activation_quantizers, weight_quantizers
 from fxquant.execution import sweep
 from fxquant.graph import called, put_module
-from fxquant.passes import InsertFakeQuant, InsertObservers, ReduceError
+from fxquant.passes import CorrectBias, Freeze, InsertFakeQuant, InsertObservers, ReduceError, ReparameterizeNorms
 from fxquant.passes.reduce_error import _folds
 from fxquant.placement import place
+from fxquant.quantizers import DualQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
 
 BATCHES = [images(12), images(7)]
 
 
 def quantized(
-    name: str | nn.Module, w: int = 3, a: int | None = 4, recipe: Recipe = MINMAX
+    name: str | nn.Module, w: int = 3, a: int | None = 4, recipe: Recipe = MINMAX, norms: bool = False
 ) -> tuple[GraphModule, GraphModule, ReduceError]:
     teacher = prepared(name)
     plan = place(teacher, w, a, "same")
+    if norms:
+        teacher, _ = apply(teacher, ReparameterizeNorms(plan, BATCHES, recipe))
     observed, _ = apply(teacher, InsertObservers(plan))
     for batch in BATCHES:
         observed(batch)
@@ -85,6 +88,71 @@ def test_weights_stay_on_their_grid():
             assert torch.equal(part.weight, part.weight_quantizer(part.weight)), node
             assert part.weight_quantizer.spec == old.weight_quantizer.spec
             assert not part.frozen
+
+
+@pytest.mark.parametrize("name", ["attention", "residual"])
+def test_a_frozen_network_is_fitted_too(name, untouched):
+    """As one from a file is: the same as if it had not been frozen, and linked again by the next Freeze."""
+    teacher, gm, step = quantized(name)
+    frozen, _ = apply(gm, Freeze())
+    with untouched(frozen):
+        new, log = apply(frozen, ReduceError(teacher, BATCHES, step.plan, step.weights, step.recipe))
+    assert not log.skipped
+    assert any(part.input_scale is not None for _, part in called(frozen) if isinstance(part, QuantizedLayer))
+    for path in (str(node.target) for node, part in called(frozen) if isinstance(part, QuantizedLayer)):
+        old, part = frozen.get_submodule(path), new.get_submodule(path)
+        assert old.frozen and not part.frozen and part.input_scale is None
+        assert torch.equal(part.weight, part.weight_quantizer(part.weight))
+    wanted, before, behind = outputs(teacher), outputs(frozen), outputs(new)
+    first = next(iter(wanted))
+    last = list(wanted)[-1]
+    assert bool((error(wanted[first], behind[first]) <= error(wanted[first], before[first]) * (1 + 1e-4) + 1e-6).all())
+    assert error(wanted[last], behind[last]).sum() < 0.8 * error(wanted[last], before[last]).sum()
+    again, _ = apply(new, Freeze())
+    for node, part in called(again):
+        if isinstance(part, QuantizedLayer):
+            old = frozen.get_submodule(str(node.target))
+            assert part.frozen and (part.input_scale is None) == (old.input_scale is None)  # None: it reads no grid
+    for got, its in zip(outputs(again).values(), behind.values(), strict=True):
+        assert (got - its).norm() < 0.05 * its.norm()  # scales of 16 bits are the same; a few values lie on the border of two codes
+
+
+def two_grids() -> tuple[GraphModule, GraphModule, ReduceError]:
+    torch.manual_seed(0)
+    members = {"patch": nn.Conv2d(3, 24, 4, 4), "norm": nn.LayerNorm(24), "fc": nn.Linear(24, 40), "head": nn.Linear(40, 5)}
+    nn.init.uniform_(members["norm"].weight, 0.2, 3)
+    net = Net(lambda s, x: s.head(nn.functional.gelu(s.fc(s.norm(s.patch(x).flatten(2).transpose(1, 2))))), **members).eval()
+    return quantized(net, recipe=MINMAX.replace(weight_groups="dual"), norms=True)
+
+
+@pytest.mark.parametrize("groups", ["one", "dual"])
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_second_run_keeps_two_grids(freeze, groups):
+    teacher, gm, step = two_grids()
+    once, _ = apply(gm, step)
+    assert isinstance(once.fc.weight_quantizer, DualQuantizer)
+    once, _ = apply(once, Freeze()) if freeze else (once, None)
+    twice, log = apply(once, ReduceError(teacher, BATCHES, step.plan, step.weights, step.recipe.replace(weight_groups=groups)))
+    assert not log.skipped
+    old, new = once.fc.weight_quantizer, twice.fc.weight_quantizer
+    assert isinstance(new, DualQuantizer) and torch.equal(new.outlier, old.outlier)
+    wanted, before, behind = outputs(teacher), outputs(once), outputs(twice)
+    first = next(iter(wanted))
+    assert bool((error(wanted[first], behind[first]) <= error(wanted[first], before[first]) * (1 + 1e-4) + 1e-6).all())
+    for path in wanted:
+        assert error(wanted[path], behind[path]).sum() <= 1.05 * error(wanted[path], before[path]).sum()
+
+
+@pytest.mark.parametrize("gain", ["none", "balanced"])
+def test_biases_corrected_behind_two_grids(gain):
+    teacher, gm, step = two_grids()
+    fitted, _ = apply(gm, step)
+    corrected, log = apply(fitted, CorrectBias(teacher, BATCHES, gain))
+    assert log.count == 3
+    assert isinstance(corrected.fc.weight_quantizer, DualQuantizer)
+    assert torch.equal(corrected.fc.codes(), fitted.fc.codes())
+    wanted, got = outputs(teacher)["fc"], outputs(corrected)["fc"]
+    assert (wanted.mean(0) - got.mean(0)).abs().max() < 0.02 * wanted.std()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import Recipe
+from fxquant.coverage import count_multiply_adds, count_work
 from fxquant.errors import ConfigError
 from fxquant.quantizers import DualQuantizer, QuantSpec, UniformQuantizer
 from fxquant.quantizers.dual import outlier_columns
@@ -91,6 +92,45 @@ def test_frozen(step, bias):
     assert stored_bytes(frozen) == 40 * 12 * 3 // 8 + 40 * 2 * 5 + 12 + (160 if bias else 0)
 
 
+def test_each_input_is_multiplied_once():
+    frozen = QuantizedLayer.of(nn.Linear(12, 40), quantizer()).freeze()
+    plain, outliers = frozen.weight_quantizer.columns()
+    assert outliers.tolist() == [3, 8]
+    assert plain.tolist() == [0, 1, 2, 4, 5, 6, 7, 9, 10, 11]
+    assert count_multiply_adds(frozen, torch.randn(1, 12)) == 40 * 12
+    assert [key for key, _ in frozen.weight_quantizer.named_buffers()] == ["scale", "zero_point", "outlier"]  # what a file holds
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_sums_of_integers_are_scaled_and_added(bias):
+    """To the bit what the formula says: each group on its own, with the columns of the other zero."""
+    torch.manual_seed(0)
+    frozen = QuantizedLayer.of(nn.Linear(12, 40, bias), quantizer()).freeze(torch.tensor(0.25))
+    integers, q = torch.randint(-127, 128, (5, 7, 12)).float(), frozen.weight_quantizer
+    sums = [integers.masked_fill(mask, 0) @ frozen.weight.T for mask in (q.outlier, ~q.outlier)]
+    wanted = sums[0] * 0.25 * q.scale[:, 0] + sums[1] * 0.25 * q.scale[:, 1]
+    wanted = wanted + frozen.bias if bias else wanted
+    assert torch.equal(frozen(integers / 4), wanted)
+    assert torch.equal(frozen.from_sums(*sums), wanted)
+    with pytest.raises(ValueError, match="zip"):
+        frozen.from_sums(sums[0] + sums[1])
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_scaled(freeze):
+    """A gain an output goes into both of its scales; which columns are apart stays."""
+    layer = nn.Linear(12, 40).double()
+    layer.weight.data = weight().double()
+    quantized = QuantizedLayer.of(layer, quantizer(dtype=torch.float64))
+    quantized = quantized.freeze() if freeze else quantized
+    gain, shift = torch.linspace(0.5, 2, 40, dtype=torch.float64), torch.linspace(-1, 1, 40, dtype=torch.float64)
+    scaled, x = quantized.scaled(gain, shift), torch.randn(5, 12, dtype=torch.float64)
+    assert isinstance(scaled.weight_quantizer, DualQuantizer)
+    assert torch.equal(scaled.weight_quantizer.outlier, quantized.weight_quantizer.outlier)
+    assert torch.equal(scaled.codes(), quantized.codes())
+    torch.testing.assert_close(scaled(x), gain * quantized(x) + shift, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("axis", "shape", "outlier"),
     [
@@ -110,10 +150,11 @@ def test_what_cannot_be_meant(axis, shape, outlier):
 
 
 class Transformer(nn.Module):
-    """Patches, a norm that two layers read and one that one reads, and a classifier behind a norm that a pool reads."""
+    """Patches, a norm that two layers read and one that one reads, and a classifier behind a norm and a pool, in either order."""
 
-    def __init__(self):
+    def __init__(self, pool: bool = True):
         super().__init__()
+        self.pool = pool
         torch.manual_seed(0)
         self.patch, self.norm1, self.norm2, self.norm3 = nn.Conv2d(3, 24, 2, 2), nn.LayerNorm(24), nn.LayerNorm(24), nn.LayerNorm(24)
         self.q, self.kv, self.proj = nn.Linear(24, 24), nn.Linear(24, 48), nn.Linear(24, 24)
@@ -127,7 +168,7 @@ class Transformer(nn.Module):
         k, v = self.kv(y).chunk(2, -1)
         x = x + self.proj((self.q(y) @ k.transpose(1, 2) / 24**0.5).softmax(-1) @ v)
         x = x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
-        return self.head(self.norm3(x).mean(1))
+        return self.head(self.norm3(x).mean(1)) if self.pool else self.head(self.norm3(x.mean(1)))
 
 
 NAMES = ("q", "kv", "fc1")
@@ -196,6 +237,25 @@ def test_lowering_names_it(qmodel, calibration):
     skipped = dict(fxquant.report(lowered).record.passes[-1].skipped)
     assert all("its weight has two grids an output" in skipped[name] for name in NAMES)
     torch.testing.assert_close(lowered(calibration[0]), qmodel(calibration[0]), rtol=0.05, atol=0.05)
+
+
+def test_multiply_adds_are_those_of_one_grid(qmodel, calibration):
+    one = fxquant.quantize(Transformer().eval(), calibration, 3, 4, recipe="erq", cat=False, progress=False)
+    assert count_work(qmodel, calibration[0][:1]) == count_work(one, calibration[0][:1])
+
+
+def test_one_cluster_folds_into_a_classifier_with_two_grids(calibration, tmp_path):
+    recipe = DUAL.replace(stages=(*DUAL.stages, "cat"), cat_clusters=1)
+    net = Transformer(pool=False).eval()
+    qmodel = fxquant.quantize(net, calibration, 3, 4, "paper", recipe=recipe, edges="same", progress=False)
+    assert isinstance(qmodel.head.weight_quantizer, DualQuantizer)
+    assert any("folded into head" in note for log in fxquant.report(qmodel).record.passes for note in log.notes)
+    plain = fxquant.quantize(net, calibration, 3, 4, False, recipe=recipe, edges="same", progress=False)
+    assert torch.equal(qmodel.head.codes(), plain.head.codes())
+    gain = qmodel.head.weight_quantizer.scale / plain.head.weight_quantizer.scale
+    torch.testing.assert_close(gain[:, 0], gain[:, 1])
+    fxquant.save(qmodel, tmp_path / "q.safetensors")
+    assert torch.equal(fxquant.load(tmp_path / "q.safetensors", net)(calibration[0]), qmodel(calibration[0]))
 
 
 def test_eight_bits_have_one(calibration):

@@ -92,7 +92,7 @@ def test_only_learners_get_gradients(nets):
     assert all(part.grad is None for model in nets for part in model.parameters())
 
 
-def test_the_error_on_the_held_out_images_is_the_kl_that_is_minimised(nets):
+def test_the_error_on_the_held_out_images_is_the_kl_that_is_minimized(nets):
     training = training_of(nets)
     for quantizer in training.learners.activations.values():
         quantizer.mix = 0.5
