@@ -102,9 +102,7 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("word", "spelling"), [(word, spelling) for word, spellings in SPELLINGS.items() for spelling in spellings], ids=str
-)
+@pytest.mark.parametrize(("word", "spelling"), [(word, spelling) for word, spellings in SPELLINGS.items() for spelling in spellings])
 def test_every_spelling_is_one_word(word, spelling):
     op = "call_module" if isinstance(spelling, nn.Module) else "call_method" if isinstance(spelling, str) else "call_function"
     assert kind(one(op, spelling)) == word

@@ -297,7 +297,7 @@ def test_shapes_without_a_kernel(name):
 @once
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_kernels_interpreted():
-    command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", os.path.abspath(__file__)]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", os.path.abspath(__file__)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
