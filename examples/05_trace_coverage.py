@@ -15,9 +15,10 @@ import fnmatch
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -168,6 +169,11 @@ def main() -> None:
     exact = sum(row.error == 0 for row in rows)
     median = sorted(row.seconds for row in rows)[len(rows) // 2] if rows else 0.0
     print(f"\n{len(rows)} networks: {sum(row.ok for row in rows)} ok, {exact} of them exact; median trace {median:.2f} s")
+    print_failures(rows)
+
+
+def print_failures(rows: Iterable[Any]) -> None:
+    """Print the reason of every row that is not `ok`."""
     for row in rows:
         if not row.ok:
             print(f"* {row.name}: {row.why}")

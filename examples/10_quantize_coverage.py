@@ -297,9 +297,7 @@ def main() -> None:
         "stored": sum(not row.stored for row in rows),
     }
     print(f"\n{len(rows)} networks: {', '.join(f'{count} {word}' for word, count in counts.items())}")
-    for row in rows:
-        if not row.ok:
-            print(f"* {row.name}: {row.why}")
+    tracing.print_failures(rows)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from fxquant.kinds import QUANTIZED, WEIGHTED, kind
 from fxquant.placement import layer_name, operands, source
 from fxquant.quantizers import LogQuantizer, UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
+from fxquant.tracing.attention import without_fast_path
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,8 @@ def count_work(gm: GraphModule, image: Tensor) -> list[Work]:
 
 def count_multiply_adds(network: Callable[[Tensor], Any], image: Tensor) -> int:
     """Return the multiply-adds of any network for one image, graph or not."""
-    # The fused encoder layer of torch would hide what it multiplies.
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), _Counter() as counter:
-            network(image)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with torch.no_grad(), without_fast_path(), _Counter() as counter:  # a fused encoder layer would hide what it multiplies
+        network(image)
     return counter.get_total_flops() // 2
 
 

@@ -140,6 +140,11 @@ def kind(node: Node) -> str:
     return _FUNCTIONS.get(node.target, "other") if callable(node.target) else "other"
 
 
+def is_layer(node: Node) -> bool:
+    """Say whether `node` calls a module that owns a weight: a convolution, a transposed one or a linear layer."""
+    return node.op == "call_module" and kind(node) in WEIGHTED
+
+
 def _module_kind(module: nn.Module) -> str:
     base = next((base for base in type(module).__mro__ if base in _MODULES), None)
     if base is None:

@@ -26,9 +26,10 @@ def lower(qmodel: nn.Module, backend: str = "cpu") -> GraphModule:
 
     It takes images of any batch size, of other sizes as far as the network does, and in half precision too (they become float32). Weights
     are bytes, tensors between layers are bytes, sums are exact, and every rounding is that of the simulation, which sums integers as well:
-    layers of bytes give the same bytes, to the bit. Only what is summed in floats (a first layer that reads float images, means over maps)
-    may differ in its last bit, and a value on the border of two codes then falls to the other side. `fxquant.compile` makes it fast. It
-    cannot be saved: save the simulation, and lower what `fxquant.load` returns.
+    on the CPU layers of bytes give the same bytes, to the bit (as long as the sums stay below 2^24, where float32 holds them). Only what
+    is summed in floats (a first layer that reads float images, means over maps) may differ in its last bit, and a value on the border of
+    two codes then falls to the other side. `fxquant.compile` makes it fast. It cannot be saved: save the simulation, and lower what
+    `fxquant.load` returns.
 
     What cannot be lowered stays simulated; ``print(fxquant.report(lowered))`` names it with the reason. Where the machine cannot run
     integers at all, the simulation comes back, with a warning that says why.

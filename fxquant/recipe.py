@@ -220,6 +220,13 @@ class Recipe:
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 what = "whole number" if kinds is int else "number"
                 raise ConfigError(f"{value!r} is no {what} from {low} to {high}", where=f"Recipe.{name}", fix="Choose one")
+        missing = [stage for stage in ("reparameterize", "erq") if stage not in self.stages]
+        if self.weight_groups == "dual" and missing:
+            raise ConfigError(
+                f"'dual' changes nothing without the stage {missing[0]!r}",
+                where="Recipe.weight_groups",
+                fix="Use 'one', or start from Recipe.ERQ",
+            )
         learned = [stage for stage in self.stages if stage in ("units", "scales", "output_kl", "finish")]
         if self.weight_groups == "dual" and learned:
             raise ConfigError(

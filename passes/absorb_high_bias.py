@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxquant.equalization import Link, Shared, blocks, follow, put_clamp, shifted, spread_bound, update_norm
+from fxquant.channels import Link, Shared, blocks, follow
+from fxquant.equalization import put_clamp, shifted, spread_bound, update_norm
 from fxquant.execution import sweep
 from fxquant.graph import module_of, put_module
-from fxquant.kinds import WEIGHTED, kind
+from fxquant.kinds import WEIGHTED, is_layer, kind
 from fxquant.passes.equalize_channels import EqualizeChannels
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
 from fxquant.pipeline import Pass
@@ -80,7 +81,7 @@ class AbsorbHighBias(Pass):
         self.note(f"moments over {sum(map(len, self.batches))} images")
         found = {}
         for node, values in self.track(sweep(gm, self.batches), "absorb high bias", len(gm.graph.nodes)):
-            if node.op == "call_module" and kind(node) in WEIGHTED:
+            if is_layer(node):
                 found[str(node.target)] = _mean_and_deviation(values, -1 if kind(node) == "linear" else 1)
         return found
 

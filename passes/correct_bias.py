@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from fxquant.execution import Values, sweep
 from fxquant.graph import module_of, put_module
-from fxquant.kinds import WEIGHTED, kind
+from fxquant.kinds import is_layer, kind
 from fxquant.passes.insert_fake_quant import InsertFakeQuant
 from fxquant.pipeline import Pass
 from fxquant.quantizers.layers import QuantizedLayer
@@ -46,10 +46,10 @@ class CorrectBias(Pass):
         self.teacher, self.batches, self.gain = teacher, batches, gain
 
     def run(self, gm: GraphModule) -> None:
-        float_layers = (values for node, values in sweep(self.teacher, self.batches) if _is_layer(node))
+        float_layers = (values for node, values in sweep(self.teacher, self.batches) if is_layer(node))
         self.note(f"moments over {sum(map(len, self.batches))} images")
         for node, values in self.track(sweep(gm, self.batches), "correct bias", len(gm.graph.nodes)):
-            if not _is_layer(node):
+            if not is_layer(node):
                 continue
             wanted, layer, axis = next(float_layers), module_of(node), -1 if kind(node) == "linear" else 1
             if not isinstance(layer, QuantizedLayer):
@@ -102,7 +102,3 @@ class Moments:
 def _sums(y: Tensor, yq: Tensor, axis: int) -> Tensor:
     y, yq = (value.double().movedim(axis, 0).flatten(1) for value in (y, yq))
     return torch.stack([y.sum(1), yq.sum(1), (y * y).sum(1), (yq * yq).sum(1), (y * yq).sum(1)])
-
-
-def _is_layer(node: Node) -> bool:
-    return node.op == "call_module" and kind(node) in WEIGHTED

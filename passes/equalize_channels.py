@@ -7,10 +7,11 @@ from typing import Literal
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxquant.equalization import Balance, Link, Shared, balance, follow, put_clamp, rescaled, spread_bound, update_norm
+from fxquant.channels import Link, Shared, follow
+from fxquant.equalization import Balance, balance, put_clamp, rescaled, spread_bound, update_norm
 from fxquant.errors import ConfigError, one_of
 from fxquant.graph import module_of, put_module
-from fxquant.kinds import WEIGHTED, kind
+from fxquant.kinds import is_layer
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
 from fxquant.passes.modularize_weights import ModularizeWeights
@@ -60,7 +61,7 @@ class EqualizeChannels(Pass):
     def run(self, gm: GraphModule) -> None:
         links, shared = [], Shared(gm)
         for node in gm.graph.nodes:
-            if node.op == "call_module" and kind(node) in WEIGHTED:
+            if is_layer(node):
                 link = follow(node, shared, clamps=self.relu6 == "channels")
                 if isinstance(link, Link):
                     links.append(link)

@@ -13,7 +13,7 @@ from fxquant.erq import Gram, gram_bytes, ridge, round_compensated, search_ridge
 from fxquant.execution import Values, last_readers, sweep
 from fxquant.files import gib
 from fxquant.graph import module_of, put_module, sharing_copy
-from fxquant.kinds import WEIGHTED, kind
+from fxquant.kinds import is_layer
 from fxquant.passes.insert_fake_quant import InsertFakeQuant
 from fxquant.passes.reparameterize_norms import DONE
 from fxquant.pipeline import Pass
@@ -58,13 +58,13 @@ class ReduceError(Pass):
         self.teacher, self.batches, self.plan, self.weights, self.recipe = teacher, batches, plan, weights, recipe
 
     def run(self, gm: GraphModule) -> None:
-        float_layers = ((module_of(node), values) for node, values in sweep(self.teacher, self.batches) if _is_layer(node))
-        parents = {node.all_input_nodes[0] for node in gm.graph.nodes if _is_layer(node)}
+        float_layers = ((module_of(node), values) for node, values in sweep(self.teacher, self.batches) if is_layer(node))
+        parents = {node.all_input_nodes[0] for node in gm.graph.nodes if is_layer(node)}
         last, inputs = last_readers(gm), dict[Node, Values]()
         for node, values in self.track(sweep(gm, self.batches), "reduce errors", len(gm.graph.nodes)):
             if node in parents:
                 inputs[node] = values
-            if _is_layer(node):
+            if is_layer(node):
                 self._reduce(gm, node, *next(float_layers), inputs[node.all_input_nodes[0]], values)  # keeps none of the values
             for parent in [parent for parent in inputs if last[parent] is node]:
                 del inputs[parent]
@@ -194,7 +194,3 @@ def _tokens(layer: nn.Module, x: Tensor, y: Tensor, start: int) -> Iterator[tupl
         yield x[start::2].flatten(0, -2), y[start::2].flatten(0, -2)
     else:
         yield x.flatten(0, -2)[start::2], y.flatten(0, -2)[start::2]
-
-
-def _is_layer(node: Node) -> bool:
-    return node.op == "call_module" and kind(node) in WEIGHTED

@@ -6,6 +6,7 @@ the identity.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -233,6 +234,20 @@ def several_outputs() -> nn.Module:
 _PLAIN = (chain, residual, mobile, squeeze_excite, dense, shuffle, transposed, one_dimension, linear_norm, pooled)
 _ODD = (Functional, in_place, shared, tied, norm_act, attention, fused_attention, several_outputs)
 NETS: dict[str, Callable[[], nn.Module]] = {build.__name__: build for build in (*_PLAIN, *_ODD)}
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    """Return random numbers, the same for the same number of axes."""
+    return nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))))
+
+
+def filled(net: nn.Module, value: float) -> nn.Module:
+    """Return a copy whose parameters all are `value`."""
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.fill_(value)
+    return other
 
 
 def scrambled(net: nn.Module) -> nn.Module:

@@ -71,6 +71,13 @@ def test_replace():
         Recipe.FAST.replace(weigth_p=2.0)
 
 
+@pytest.mark.parametrize("stages", [("ranges",), ("ranges", "reparameterize"), ("ranges", "erq")])
+def test_two_grids_without_the_stages_that_make_them(stages):
+    words = r"'dual' changes nothing without the stage '(erq|reparameterize)'"
+    with pytest.raises(fxquant.ConfigError, match=rf"^Recipe\.weight_groups: {words}.*Recipe\.ERQ"):
+        Recipe(stages=stages, weight_groups="dual")
+
+
 def test_stages_have_one_order():
     assert Recipe(stages=("cat", "ranges")).stages == ("ranges", "cat")
     assert Recipe(stages=["ranges"]).stages == ("ranges",)
@@ -135,7 +142,7 @@ def test_every_field_is_checked():
 @pytest.mark.parametrize("field", _WORDS)
 def test_words(field):
     for word in _WORDS[field]:
-        assert getattr(Recipe(**{field: word}), field) == word
+        assert getattr(Recipe(stages=Recipe.ERQ.stages, **{field: word}), field) == word
     for wrong in ("", _WORDS[field][0].upper(), None, 1, _WORDS[field], True):
         with pytest.raises(fxquant.ConfigError, match=rf"^Recipe\.{field}: .* is not known. Use one of {re.escape(listed(_WORDS[field]))}"):
             Recipe(**{field: wrong})

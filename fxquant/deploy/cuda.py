@@ -137,7 +137,7 @@ class CudaIntegerLayer(nn.Module):
 
     weight: Tensor
     zeros: Tensor | None
-    factor: Tensor
+    weight_scale: Tensor
     bias: Tensor
     offset: Tensor | None
 
@@ -188,7 +188,7 @@ class CudaIntegerLayer(nn.Module):
             stored = nn.functional.pad(stored, (0, 0, 0, -outputs % _MULTIPLE))
         self.register_buffer("weight", stored)
         self.register_buffer("zeros", zeros)
-        self.register_buffer("factor", layer.scale.detach().float().clone())
+        self.register_buffer("weight_scale", layer.scale.detach().float().clone())
         self.register_buffer("bias", bias.float().clone())
         self.register_buffer("offset", None if offset is None else offset.to(torch.int32))
 
@@ -200,7 +200,8 @@ class CudaIntegerLayer(nn.Module):
         """Return what ``print`` shows: the sides, the width of the weights, and the way the layer is computed."""
         route = "depthwise" if self.depthwise else "int_mm" if self.int_mm else "matrix"
         words = "linear" if self.is_linear else f"conv, window {self.window}, groups {self.groups}"
-        return f"{words}, {self.channels} -> {len(self.factor)} channels, {self.weight_bits} bits, {self.weight.numel():,} bytes, {route}"
+        channels = f"{self.channels} -> {len(self.weight_scale)} channels"
+        return f"{words}, {channels}, {self.weight_bits} bits, {self.weight.numel():,} bytes, {route}"
 
     def forward(self, codes: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute the layer.
@@ -224,25 +225,25 @@ class CudaIntegerLayer(nn.Module):
     def _images(self, codes: Tensor, residual: Tensor | None) -> Tensor:
         if self.depthwise:
             return int8_depthwise_conv2d(
-                codes, self.weight, self.factor, self.bias, residual, self.window, self.scale_in, self.zero_in,
+                codes, self.weight, self.weight_scale, self.bias, residual, self.window, self.scale_in, self.zero_in,
                 self.residual_grid, self.out_grid, self.dtype,
             )  # fmt: skip
         if self.int_mm and statically_known_true(codes.numel() // self.channels >= _MIN_ROWS):
             return self._product(codes, residual)
         assert self.offset is not None
         return int8_conv2d(
-            codes, self.weight, self.zeros, self.factor, self.bias, self.offset, residual, self.window, self.groups, self.weight_bits,
+            codes, self.weight, self.zeros, self.weight_scale, self.bias, self.offset, residual, self.window, self.groups, self.weight_bits,
             self.scale_in, self.zero_in, self.shifted, self.residual_grid, self.out_grid, self.dtype,
         )  # fmt: skip
 
     def _product(self, codes: Tensor, residual: Tensor | None) -> Tensor:
         assert self.offset is not None
-        outputs = len(self.factor)
-        check(codes, residual, self.factor, self.window, self.residual_grid)
+        outputs = len(self.weight_scale)
+        check(codes, residual, self.weight_scale, self.window, self.residual_grid)
         rows = codes.permute(0, 2, 3, 1)
         signed = (rows ^ 128 if self.shifted else rows).reshape(-1, self.channels).view(torch.int8)
         sums = torch._int_mm(signed, self.weight.t())[:, :outputs] + self.offset
-        y = sums.float() * self.scale_in * self.factor + self.bias
+        y = sums.float() * self.scale_in * self.weight_scale + self.bias
         if residual is not None:
             added = residual.permute(0, 2, 3, 1).reshape(-1, outputs).float()
             if self.residual_grid is not None:

@@ -21,17 +21,17 @@ def kernels_module() -> ModuleType:
     return importlib.import_module("fxquant.deploy.triton_kernels")
 
 
-def check(codes: Tensor, residual: Tensor | None, factor: Tensor, window: Sequence[int], grid: Sequence[float] | None) -> list[int]:
+def check(codes: Tensor, residual: Tensor | None, weight_scale: Tensor, window: Sequence[int], grid: Sequence[float] | None) -> list[int]:
     """Return the shape of the output of a convolution, or say what cannot be computed."""
-    if factor.dtype != torch.float32:
-        raise ConfigError(f"the scales of an integer layer are {factor.dtype}", fix="Call .half() or .bfloat16() before lowering")
+    if weight_scale.dtype != torch.float32:
+        raise ConfigError(f"the scales of an integer layer are {weight_scale.dtype}", fix="Call .half() or .bfloat16() before lowering")
     if codes.dtype != torch.uint8 or codes.ndim != 4:
         raise ConfigError(f"an integer layer got {codes.dtype} of {codes.ndim} dimensions", fix="Give it uint8 images [N, C, H, W]")
     sides = [
         (size + 2 * pad - step * (kernel - 1) - 1) // stride + 1
         for size, kernel, stride, pad, step in zip(codes.shape[2:], window[:2], window[2:4], window[4:6], window[6:8], strict=True)
     ]
-    shape = [codes.shape[0], factor.numel(), *sides]
+    shape = [codes.shape[0], weight_scale.numel(), *sides]
     if min(shape[2:]) < 1:
         raise ConfigError(f"images of {codes.shape[2]}x{codes.shape[3]} are smaller than the kernel", fix="Give larger images")
     if residual is not None:
@@ -64,7 +64,7 @@ def int8_conv2d(
     codes: Tensor,
     weight: Tensor,
     zeros: Tensor | None,
-    factor: Tensor,
+    weight_scale: Tensor,
     bias: Tensor,
     offset: Tensor,
     residual: Tensor | None,
@@ -84,7 +84,7 @@ def int8_conv2d(
         codes: uint8 ``[N, C, H, W]``.
         weight: int8 ``[O, kH * kW * I]``, or what `pack_weight` returns.
         zeros: int8 ``[O]``, taken off the codes of packed weights.
-        factor: float32 ``[O]``, the scale of the weights.
+        weight_scale: float32 ``[O]``, the scale of the weights.
         bias: float32 ``[O]``.
         offset: int32 ``[O]``, ``-(zero_in - shift) * sum w``.
         residual: ``[N, O, H', W']``, bytes or floats.
@@ -97,11 +97,11 @@ def int8_conv2d(
         out_grid: 1 / scale, zero-point, low and high of the output; None: it is floats of `dtype`.
         dtype: of the output.
     """
-    out = _empty(codes, check(codes, residual, factor, window, residual_grid), dtype)
+    out = _empty(codes, check(codes, residual, weight_scale, window, residual_grid), dtype)
     added = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
     images = codes.contiguous(memory_format=torch.channels_last)
     _runnable(codes).launch(
-        images, weight, zeros, factor, bias, offset, added, out, window, groups, bits, scale_in, zero_in, shifted,
+        images, weight, zeros, weight_scale, bias, offset, added, out, window, groups, bits, scale_in, zero_in, shifted,
         residual_grid, out_grid,
     )  # fmt: skip
     return out
@@ -109,16 +109,17 @@ def int8_conv2d(
 
 @int8_conv2d.register_fake
 def _(
-    codes, weight, zeros, factor, bias, offset, residual, window, groups, bits, scale_in, zero_in, shifted, residual_grid, out_grid, dtype
-):
-    return _empty(codes, check(codes, residual, factor, window, residual_grid), dtype)
+    codes, weight, zeros, weight_scale, bias, offset, residual,
+    window, groups, bits, scale_in, zero_in, shifted, residual_grid, out_grid, dtype,
+):  # fmt: skip
+    return _empty(codes, check(codes, residual, weight_scale, window, residual_grid), dtype)
 
 
 @torch.library.custom_op("fxquant::int8_depthwise_conv2d", mutates_args=())
 def int8_depthwise_conv2d(
     codes: Tensor,
     weight: Tensor,
-    factor: Tensor,
+    weight_scale: Tensor,
     bias: Tensor,
     residual: Tensor | None,
     window: Sequence[int],
@@ -129,16 +130,16 @@ def int8_depthwise_conv2d(
     dtype: torch.dtype,
 ) -> Tensor:
     """Convolve every channel with its own int8 weights ``[kH * kW, O]``; the rest is as in `int8_conv2d`, and O a multiple of C."""
-    out = _empty(codes, check(codes, residual, factor, window, residual_grid), dtype)
+    out = _empty(codes, check(codes, residual, weight_scale, window, residual_grid), dtype)
     added = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
     images = codes.contiguous(memory_format=torch.channels_last)
     _runnable(codes).launch(
-        images, weight, None, factor, bias, None, added, out, window, codes.shape[1], 8, scale_in, zero_in, False,
+        images, weight, None, weight_scale, bias, None, added, out, window, codes.shape[1], 8, scale_in, zero_in, False,
         residual_grid, out_grid,
     )  # fmt: skip
     return out
 
 
 @int8_depthwise_conv2d.register_fake
-def _(codes, weight, factor, bias, residual, window, scale_in, zero_in, residual_grid, out_grid, dtype):
-    return _empty(codes, check(codes, residual, factor, window, residual_grid), dtype)
+def _(codes, weight, weight_scale, bias, residual, window, scale_in, zero_in, residual_grid, out_grid, dtype):
+    return _empty(codes, check(codes, residual, weight_scale, window, residual_grid), dtype)

@@ -86,8 +86,8 @@ def quantizers(gm: GraphModule) -> dict[str, UniformQuantizer | LogQuantizer | Q
 
 def opset_of(gm: GraphModule, clip: bool) -> int:
     """Return the lowest operator set that has the types that the network needs."""
-    uniform = [m for m in quantizers(gm).values() if not isinstance(m, LogQuantizer)]
-    specs = [(m if isinstance(m, UniformQuantizer) else m.weight_quantizer).spec for m in uniform]
+    typed = [m for m in quantizers(gm).values() if not isinstance(m, LogQuantizer)]  # whose codes are stored as integers
+    specs = [(m if isinstance(m, UniformQuantizer) else m.weight_quantizer).spec for m in typed]
     return max((OPSETS[width(spec, clip)] for spec in specs), default=OPSETS[8])
 
 

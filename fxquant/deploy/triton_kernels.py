@@ -89,11 +89,11 @@ _DEPTHWISE = [
 
 @triton.jit
 def _finish(
-    acc, factor, bias, residual, out, place, live, scale_in, residual_scale, residual_zero, out_inverse, out_zero, low, high,
+    acc, weight_scale, bias, residual, out, place, live, scale_in, residual_scale, residual_zero, out_inverse, out_zero, low, high,
     RESIDUAL: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """Turn a block of sums into what is stored at `place`."""
-    y = acc.to(tl.float32) * scale_in * factor[None, :] + bias[None, :]
+    y = acc.to(tl.float32) * scale_in * weight_scale[None, :] + bias[None, :]
     if RESIDUAL > 0:
         r = tl.load(residual + place, mask=live, other=0).to(tl.float32)
         if RESIDUAL == 2:
@@ -111,7 +111,7 @@ def _finish(
 @triton.autotune(configs=_MATRIX, key=["bucket", "out_height", "group_in", "group_out", "TAPS", "BITS", "SHIFTED", "RESIDUAL", "ROUND"])
 @triton.jit
 def _matrix_kernel(
-    codes, weight, zeros, factor, bias, offset, residual, out,
+    codes, weight, zeros, weight_scale, bias, offset, residual, out,
     bucket,  # of the number of pixels: a reason to tune again, not read
     pixels, height, width, out_height, out_width, channels, group_in, group_out, row,
     stride_h, stride_w, pad_h, pad_w, step_h, step_w, zero_in,
@@ -175,7 +175,7 @@ def _matrix_kernel(
     acc += tl.load(offset + o, mask=live_n, other=0)[None, :]
     place = m.to(tl.int64)[:, None] * (groups * group_out) + o[None, :]
     _finish(
-        acc, tl.load(factor + o, mask=live_n, other=0.0), tl.load(bias + o, mask=live_n, other=0.0), residual, out, place,
+        acc, tl.load(weight_scale + o, mask=live_n, other=0.0), tl.load(bias + o, mask=live_n, other=0.0), residual, out, place,
         live_m[:, None] & live_n[None, :], scale_in, residual_scale, residual_zero, out_inverse, out_zero, low, high, RESIDUAL, ROUND,
     )  # fmt: skip
 
@@ -183,7 +183,7 @@ def _matrix_kernel(
 @triton.autotune(configs=_DEPTHWISE, key=["bucket", "out_height", "outputs", "TAPS", "RESIDUAL", "ROUND"])
 @triton.jit
 def _depthwise_kernel(
-    codes, weight, factor, bias, residual, out,
+    codes, weight, weight_scale, bias, residual, out,
     bucket, pixels, height, width, out_height, out_width, channels, outputs,
     stride_h, stride_w, pad_h, pad_w, step_h, step_w, zero_in,
     scale_in, residual_scale, residual_zero, out_inverse, out_zero, low, high,
@@ -214,7 +214,7 @@ def _depthwise_kernel(
 
     place = m.to(tl.int64)[:, None] * outputs + o[None, :]
     _finish(
-        acc, tl.load(factor + o, mask=live_n, other=0.0), tl.load(bias + o, mask=live_n, other=0.0), residual, out, place,
+        acc, tl.load(weight_scale + o, mask=live_n, other=0.0), tl.load(bias + o, mask=live_n, other=0.0), residual, out, place,
         live_m[:, None] & live_n[None, :], scale_in, residual_scale, residual_zero, out_inverse, out_zero, low, high, RESIDUAL, ROUND,
     )  # fmt: skip
 
@@ -223,7 +223,7 @@ def launch(
     codes: Tensor,
     weight: Tensor,
     zeros: Tensor | None,
-    factor: Tensor,
+    weight_scale: Tensor,
     bias: Tensor,
     offset: Tensor | None,
     residual: Tensor | None,
@@ -261,13 +261,13 @@ def launch(
     with torch.cuda.device(codes.device) if codes.is_cuda else nullcontext():
         if offset is None:
             _depthwise_kernel[lambda meta: (triton.cdiv(pixels, meta["BLOCK_M"]) * triton.cdiv(outputs, meta["BLOCK_N"]),)](
-                codes, weight, factor, bias, added, out, *shape, outputs, *steps, *numbers, **options, **OPTIONS
+                codes, weight, weight_scale, bias, added, out, *shape, outputs, *steps, *numbers, **options, **OPTIONS
             )
             return
         group_in, group_out = channels // groups, outputs // groups
         row = packed_row(group_in, bits)
         _matrix_kernel[lambda meta: (triton.cdiv(pixels, meta["BLOCK_M"]) * triton.cdiv(group_out, meta["BLOCK_N"]) * groups,)](
-            codes, weight, weight if zeros is None else zeros, factor, bias, offset, added, out, *shape, group_in, group_out, row,
+            codes, weight, weight if zeros is None else zeros, weight_scale, bias, offset, added, out, *shape, group_in, group_out, row,
             *steps, *numbers, BITS=bits, SHIFTED=shifted, FLAT=row < _SHORT_ROW, **options, **OPTIONS,
         )  # fmt: skip
 

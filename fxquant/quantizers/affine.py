@@ -171,7 +171,7 @@ def along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
     return values.view(shape)
 
 
-def short(scale: Tensor) -> Tensor:
+def with_16_bits(scale: Tensor) -> Tensor:
     """Return scales rounded to 16 significant bits, at most a 2^-16th away.
 
     Products with codes are then exact in float32, so that to multiply and to add rounds once, whether or not a kernel fuses the two.

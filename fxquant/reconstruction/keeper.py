@@ -105,7 +105,7 @@ def restore(gm: GraphModule, state: Mapping[str, Tensor]) -> None:
 
 
 def _quantizer(module: UniformQuantizer, state: Mapping[str, Tensor], path: str) -> UniformQuantizer:
-    return UniformQuantizer(module.spec, state[f"{path}.scale"].to(module.scale), state[f"{path}.zero_point"].to(module.scale))
+    return module.with_grid(state[f"{path}.scale"].to(module.scale), state[f"{path}.zero_point"].to(module.scale))
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fxquant.errors import FxquantWarning, TraceError
 from fxquant.graph import KEPT_ATTRIBUTES
 
+from .attention import without_fast_path
 from .failure import explain
 from .leaves import unwrap, unwrap_children
 from .tracer import ValueTracer
@@ -79,14 +80,11 @@ def _trace(model: nn.Module, example: Tensor, leaf_modules: tuple[type[nn.Module
     unwrap_children(root)
     root.eval()
     tracer = ValueTracer(root, leaf_modules)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        graph = tracer.trace(example, _input_name(root))
+        with without_fast_path():
+            graph = tracer.trace(example, _input_name(root))
     except Exception as error:
         raise explain(error, tracer, example) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
     alive = tracer.mutating
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in {"placeholder", "output"} or node in alive)
     module = torch.fx.GraphModule(root, graph, class_name=type(root).__name__)

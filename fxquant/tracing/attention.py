@@ -11,11 +11,24 @@ let alone quantized. The tracer puts this in its place, with the batch in front 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Let torch's attention and encoder layers call what they are made of, in place of one fused operation."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def explicit_forward(

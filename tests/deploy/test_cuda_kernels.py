@@ -297,7 +297,7 @@ def test_shapes_without_a_kernel(name):
 @once
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_kernels_interpreted():
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", os.path.abspath(__file__)]
+    command = [sys.executable, "-m", "pytest", "-x", "-n0", "-p", "no:cacheprovider", os.path.abspath(__file__)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
@@ -322,7 +322,7 @@ def test_compiles_for_devices_that_are_not_here(monkeypatch, tmp_path, kernel, a
     constants = {"TAPS": 9, "ACROSS": 3, "RESIDUAL": triton_kernels.BYTE_RESIDUAL, "ROUND": True, "BLOCK_M": 64, "BLOCK_N": 32}
     if kernel != "depthwise":
         constants |= {"BITS": bits, "SHIFTED": True, "FLAT": False, "BLOCK_K": 64}
-    pointers = {"codes": "*u8", "weight": "*i8" if bits == 8 else "*u8", "zeros": "*i8", "factor": "*fp32", "bias": "*fp32"}
+    pointers = {"codes": "*u8", "weight": "*i8" if bits == 8 else "*u8", "zeros": "*i8", "weight_scale": "*fp32", "bias": "*fp32"}
     types = pointers | {"offset": "*i32", "residual": "*u8", "out": "*u8"}
     types |= dict.fromkeys(("scale_in", "residual_scale", "residual_zero", "out_inverse", "out_zero", "low", "high"), "fp32")
     function = (triton_kernels._depthwise_kernel if kernel == "depthwise" else triton_kernels._matrix_kernel).fn

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant import trace
-from fxquant.equalization import ChannelClamp
+from fxquant.channels import ChannelClamp
 from fxquant.graph import called
 from fxquant.passes.absorb_high_bias import AbsorbHighBias
 from fxquant.passes.equalize_channels import EqualizeChannels

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant import quantize, trace
-from fxquant.equalization import ChannelClamp, Link, Shared, blocks, follow
+from fxquant.channels import ChannelClamp, Link, Shared, blocks, follow
 from fxquant.errors import ConfigError
 from fxquant.graph import called
 from fxquant.kinds import WEIGHTED, kind

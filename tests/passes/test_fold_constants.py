@@ -7,17 +7,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import Net, apply, assert_equal, classes, images, ops, traced
+from nets import Net, apply, assert_equal, classes, filled, images, ops, parameter, traced
 from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import nn
 
 import fxquant
 from fxquant.graph import called, fork
 from fxquant.passes import PREPARE, Canonicalize, FoldConstants, ModularizeWeights
-
-
-def parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))))
 
 
 def folded(net: nn.Module):
@@ -192,14 +188,6 @@ def weighted(body) -> nn.Module:
     members = {"g": parameter(8, 1, 1, 1), "v": parameter(8, 3, 3, 3), "b": parameter(8), "row": parameter(1, 14)}
     head = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     return nn.Sequential(Net(body, **members), head).eval()
-
-
-def filled(net: nn.Module, value: float) -> nn.Module:
-    other = copy.deepcopy(net)
-    with torch.no_grad():
-        for weight in other.parameters():
-            weight.fill_(value)
-    return other
 
 
 def graph_of(net: nn.Module) -> str:

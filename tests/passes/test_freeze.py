@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from nets import apply, images
 from test_insert_fake_quant import quantized
 
-from fxquant.graph import called
+from fxquant.graph import called, fork, put_module
 from fxquant.passes import Freeze
 from fxquant.quantizers import UniformQuantizer
-from fxquant.quantizers.affine import short
+from fxquant.quantizers.affine import with_16_bits
 from fxquant.quantizers.layers import QuantizedLayer
 
 NETS = ["residual", "transposed", "one_dimension", "linear_norm", "norm_act"]
@@ -20,9 +22,14 @@ NETS = ["residual", "transposed", "one_dimension", "linear_norm", "norm_act"]
 @pytest.mark.parametrize("w", [2, 8])
 def test_integers_of_weights(name, w):
     _, _, gm, _, plan = quantized(name, w, 3)
-    longer = sum(not torch.equal(part.scale, short(part.scale)) for _, part in called(gm) if isinstance(part, UniformQuantizer))
+    longer = sum(not torch.equal(part.scale, with_16_bits(part.scale)) for _, part in called(gm) if isinstance(part, UniformQuantizer))
     new, log = apply(gm, Freeze())
-    torch.testing.assert_close(new.double()(images(5).double()), gm.double()(images(5).double()), rtol=2e-3, atol=2e-3)
+    same_scales = fork(gm)
+    for node, part in called(gm):
+        if isinstance(part, UniformQuantizer):
+            put_module(same_scales, str(node.target), part.with_grid(with_16_bits(part.scale), part.zero_point))
+    x = images(5).double()
+    torch.testing.assert_close(copy.deepcopy(new).double()(x), same_scales.double()(x), rtol=1e-6, atol=1e-6)
     assert log.count == sum(layer.w is not None for layer in plan.layers.values()) + longer
     for node, part in called(new):
         if isinstance(part, QuantizedLayer):

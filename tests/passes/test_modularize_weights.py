@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import Net, apply, assert_equal, classes, images, ops, traced
+from nets import Net, apply, assert_equal, classes, images, ops, parameter, traced
 from timm.layers import Conv2dSame, StdConv2d
 from torch import nn
 from torchvision.models import SwinTransformer
@@ -15,10 +15,6 @@ from torchvision.models import SwinTransformer
 from fxquant import trace
 from fxquant.graph import called
 from fxquant.passes import Canonicalize, ModularizeWeights
-
-
-def parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))))
 
 
 def modularized(net: nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import Net, apply, ops, traced
+from nets import Net, apply, filled, ops, traced
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -293,14 +292,6 @@ MASKS: dict[str, Callable[[Any], Tensor]] = {
     "out of a network, folded": lambda s: s.mlp(s.places)[..., 0],
     "bool": lambda s: s.whole > 0,
 }
-
-
-def filled(net: nn.Module, value: float) -> nn.Module:
-    other = copy.deepcopy(net)
-    with torch.no_grad():
-        for weight in other.parameters():
-            weight.fill_(value)
-    return other
 
 
 @pytest.mark.parametrize("value", [0.0, -math.inf, math.nan])

@@ -122,7 +122,7 @@ def two_grids() -> tuple[GraphModule, GraphModule, ReduceError]:
     members = {"patch": nn.Conv2d(3, 24, 4, 4), "norm": nn.LayerNorm(24), "fc": nn.Linear(24, 40), "head": nn.Linear(40, 5)}
     nn.init.uniform_(members["norm"].weight, 0.2, 3)
     net = Net(lambda s, x: s.head(nn.functional.gelu(s.fc(s.norm(s.patch(x).flatten(2).transpose(1, 2))))), **members).eval()
-    return quantized(net, recipe=MINMAX.replace(weight_groups="dual"), norms=True)
+    return quantized(net, recipe=MINMAX.replace(stages=Recipe.ERQ.stages, weight_groups="dual"), norms=True)
 
 
 @pytest.mark.parametrize("groups", ["one", "dual"])

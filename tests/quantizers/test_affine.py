@@ -8,7 +8,7 @@ from torch import nn
 
 from fxquant.errors import ConfigError
 from fxquant.quantizers import QuantSpec, UniformQuantizer, round_ste
-from fxquant.quantizers.affine import short
+from fxquant.quantizers.affine import with_16_bits
 
 
 def quantizer(bits, signed, fraction, scale, dtype):
@@ -77,10 +77,10 @@ def test_two_bit_codes_by_hand():
 @settings(deadline=None, max_examples=100)
 @given(st.floats(2.0**-100, 2.0**100, width=32), st.integers(-255, 255))
 def test_short_scales_have_exact_products(value, code):
-    scale = short(torch.tensor(value))
+    scale = with_16_bits(torch.tensor(value))
     assert abs(scale.item() / value - 1) <= 2**-16 + 1e-7
     assert (scale * code).item() == scale.item() * code  # in float64, where it is exact
-    assert torch.equal(short(scale), scale)
+    assert torch.equal(with_16_bits(scale), scale)
 
 
 @settings(deadline=None, max_examples=50)

@@ -525,6 +525,33 @@ def test_a_shape_that_depends_on_values() -> None:
         trace(net(lambda self, x: x[x > 0]), IMAGES)
 
 
+@torch.jit.script
+def scripted(x: Tensor) -> Tensor:
+    return x.relu() * 2
+
+
+def with_keys_of_its_own(self: Any, x: Tensor) -> Tensor:
+    tokens, heads = x.flatten(2).permute(2, 0, 1), self.heads
+    weights = (heads.in_proj_weight, heads.in_proj_bias, None, None, False, 0.0, heads.out_proj.weight, heads.out_proj.bias)
+    keys = tokens.permute(1, 0, 2).reshape(-1, tokens.shape[0], 2)
+    return F.multi_head_attention_forward(tokens, tokens, tokens, 4, 2, *weights, training=False, static_k=keys)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (net(lambda self, x: scripted(x)), "a TorchScript function is called.*Call the Python function"),
+        (net(with_keys_of_its_own, heads=nn.MultiheadAttention(4, 2)), "static_k or static_v.*Write this part of forward with"),
+        (net(lambda self, x: x * torch.sym_sqrt(x.shape[0])), "a size computed as .*sqrt.*Write this part of forward with"),
+        (net(lambda self, x: x * (x.shape[0] > 3)), r"compares the batch size B with a number \(B > 3\)"),
+    ],
+    ids=["script", "static keys", "root of the batch", "truth"],
+)
+def test_what_no_node_can_say(model: nn.Module, words: str) -> None:
+    with pytest.raises(TraceError, match=rf"test_trace\.py:\d+: .*{words}"):
+        trace(model, IMAGES)
+
+
 def test_more_than_one_input() -> None:
     with pytest.raises(TraceError, match=r"missing 1 required positional argument.*Wrap the model"):
         trace(nn.Bilinear(3, 3, 3).eval(), IMAGES)
