@@ -112,8 +112,22 @@ def traced(model: nn.Module, images: Tensor) -> GraphModule:
 
 
 def _check_buffers(probe: nn.Module, images: Tensor) -> object:
-    """Run `probe`, a copy, once in eval mode and return its output."""
+    """Run `probe`, a copy, in eval mode and return its output; what it only works out once, in its first forward pass, is no state."""
     probe = probe.eval().to(images.device)
+    output, changed = _changed_buffer(probe, images)
+    if changed:
+        _, changed = _changed_buffer(probe, -images)
+    if changed:
+        raise ModelError(
+            "changes during a forward pass in eval mode, so the quantized network would depend on what it saw before",
+            where=f"buffer {changed}",
+            fix="Let forward leave buffers alone when self.training is False",
+        )
+    return output
+
+
+def _changed_buffer(probe: nn.Module, images: Tensor) -> tuple[object, str]:
+    """Run `probe` and return its output and the name of a buffer that this changed, empty where none did."""
     before = {name: value.clone() for name, value in probe.named_buffers()}
     try:
         with torch.no_grad():
@@ -124,14 +138,8 @@ def _check_buffers(probe: nn.Module, images: Tensor) -> object:
             where="calib_loader",
             fix="Pass images with the channels and the size that the network was built for",
         ) from error
-    for name, value in probe.named_buffers():
-        if name not in before or not torch.equal(before[name], value):
-            raise ModelError(
-                "changes during a forward pass in eval mode, so the quantized network would depend on what it saw before",
-                where=f"buffer {name}",
-                fix="Let forward leave buffers alone when self.training is False",
-            )
-    return output
+    changed = (name for name, value in probe.named_buffers() if name not in before or not torch.equal(before[name], value))
+    return output, next(changed, "")
 
 
 def _first_line(error: BaseException) -> str:

@@ -384,7 +384,13 @@ Recipe.ERQ = Recipe(name="erq", stages=("reparameterize", "ranges", "erq"), soft
 Recipe.OUTPUT_KL = Recipe(name="output_kl", stages=("ranges", "output_kl"))
 Recipe.FINISH = Recipe(name="finish", stages=("ranges", "finish"))
 Recipe.STANDARD = Recipe(name="standard", stages=("ranges", "bias", "finish", "cat"), precision="bfloat16")
-Recipe.BEST = Recipe(name="best", stages=("ranges", "bias", "finish", "cat"), precision="bfloat16", finish_iterations=12_000)
+Recipe.BEST = Recipe(
+    name="best",
+    stages=("reparameterize", "ranges", "bias", "finish", "cat"),
+    softmax_quantizer="logsqrt2",
+    precision="bfloat16",
+    finish_iterations=8000,
+)
 
 PRESETS = {value.name: value for value in vars(Recipe).values() if isinstance(value, Recipe)}
 """The named recipes."""

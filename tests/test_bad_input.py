@@ -348,6 +348,31 @@ def test_buffers_that_change_in_eval(quantize, images, how):
         quantize(Counting(how).eval(), images)
 
 
+class Remembering(nn.Module):
+    """Works out the distances between pixels when it first sees how many there are, as ConViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(192, 10)
+        self.register_buffer("distances", torch.zeros(1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        if self.distances.shape[1] != x.shape[1]:
+            self.distances = torch.arange(x.shape[1]).sub(96.0).div(96.0)[None]
+        return self.fc(x * self.distances.expand(x.shape[0], -1))
+
+
+def test_a_buffer_that_is_worked_out_once(quantize, images, tmp_path):
+    network = Remembering().eval()
+    quantized = quantize(network, images, 8, 8)
+    assert network.distances.shape == (1, 1)
+    assert torch.allclose(quantized(images[0]), network(images[0]), atol=0.05)
+    fxquant.save(quantized, tmp_path / "network.safetensors")
+    again = fxquant.load(tmp_path / "network.safetensors", Remembering())
+    assert torch.equal(again(images[1]), quantized(images[1]))
+
+
 def test_buffers_that_stay(quantize, images):
     check_runs(quantize(Counting("not").eval(), images), images[0])
 

@@ -140,6 +140,15 @@ def test_transformers_says_what_it_needs(tmp_path: Path) -> None:
         assert "has no zoo.py" in done.stderr
 
 
+def test_equalization_on_a_network_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "zoo.py").write_text(ZOO)
+    done = run("12_equalization.py", str(tmp_path), "--networks", "cifar10_resnet20", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    ways = {line.split("|")[2].strip() for line in done.stdout.splitlines() if line.startswith("| W8A8")}
+    assert ways == {"ranges", "equalized", "equalized, absorbed", "bias", "equalized, absorbed, bias"}
+    assert len((tmp_path / "out" / "equalization.jsonl").read_text().splitlines()) == len(ways)
+
+
 def test_benchmark_reconstruction_on_a_network_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "zoo.py").write_text(ZOO)
     done = run("07_benchmark_reconstruction.py", str(tmp_path), "--rounds", "1")

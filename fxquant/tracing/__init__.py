@@ -16,6 +16,7 @@ from fxquant.graph import KEPT_ATTRIBUTES
 from .attention import without_fast_path
 from .failure import explain
 from .leaves import unwrap, unwrap_children
+from .sizes import FixedSizeCode, same_operations
 from .tracer import ValueTracer
 
 __all__ = ["trace"]
@@ -32,8 +33,9 @@ def trace(model: nn.Module, example: Tensor, *, leaf_modules: tuple[type[nn.Modu
     Args:
         model: any module with one tensor argument. It is copied and never changed. `DataParallel`, `DistributedDataParallel` and
             `torch.compile` wrappers are taken off.
-        example: `[N, C, H, W]`, any N. Only its sizes and dtype are used. C, H and W are fixed in the graph, N is not. A test
-            of the batch size for equality (`if n == 1`) is taken to fail; other tests of it are refused.
+        example: `[N, C, H, W]`, any N. Only its sizes and dtype are used. N is not fixed in the graph; H and W are where the forward
+            reads them as numbers, and the graph then refuses images of any other size with a `ModelError`. A test of the batch size
+            for equality (`if n == 1`) is taken to fail; other tests of it are refused.
         leaf_modules: classes to keep whole as `call_module`, whatever they hold.
 
     Returns:
@@ -65,7 +67,21 @@ def trace(model: nn.Module, example: Tensor, *, leaf_modules: tuple[type[nn.Modu
     can_autocast = torch.amp.is_autocast_available(device.type)
     autocast = torch.autocast(device.type, enabled=False) if can_autocast else contextlib.nullcontext()
     with torch.inference_mode(False), torch.no_grad(), autocast:
-        return _trace(model, example.to(device), leaf_modules)
+        module = _trace(model, example.to(device), leaf_modules)
+        if example.dim() > 2 and not _holds_at_any_size(module, model, example.to(device), leaf_modules):
+            module.graph.set_codegen(FixedSizeCode(tuple(example.shape[1:])))
+            module.recompile()
+    return module
+
+
+def _holds_at_any_size(module: torch.fx.GraphModule, model: nn.Module, example: Tensor, leaf_modules: tuple[type[nn.Module], ...]) -> bool:
+    """Say whether images of twice the size give the same graph."""
+    larger = example.new_empty(1).expand(1, example.shape[1], *(2 * size for size in example.shape[2:]))
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            return same_operations(module.graph, _trace(model, larger, leaf_modules).graph)
+        except TraceError:
+            return False
 
 
 def _trace(model: nn.Module, example: Tensor, leaf_modules: tuple[type[nn.Module], ...]) -> torch.fx.GraphModule:
