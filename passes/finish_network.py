@@ -17,7 +17,7 @@ from fxquant.quantizers.learned import LatentWeight, LearnedQuantizer
 from fxquant.recipe import Recipe
 from fxquant.reconstruction.keeper import Keeper
 from fxquant.reconstruction.learners import Learners, put_modules
-from fxquant.reconstruction.network import NetworkTraining, Settings
+from fxquant.reconstruction.network import NetworkSettings, NetworkTraining
 from fxquant.reconstruction.views import Views
 from fxquant.units import cut
 
@@ -143,11 +143,11 @@ def _held_out(count: int, share: float) -> Tensor:
     return torch.arange(held) * count // held
 
 
-def finish_settings(recipe: Recipe) -> Settings:
+def finish_settings(recipe: Recipe) -> NetworkSettings:
     """Return the constants of the stage ``"finish"``."""
-    return recipe.settings(Settings, "finish", kl_weight=recipe.finish_temperature**2)
+    return recipe.settings(NetworkSettings, "finish", kl_weight=recipe.finish_temperature**2)
 
 
-def output_kl_settings(recipe: Recipe) -> Settings:
+def output_kl_settings(recipe: Recipe) -> NetworkSettings:
     """Return the constants of the stage ``"output_kl"``."""
-    return recipe.settings(Settings, "output_kl", checks=recipe.finish_checks)
+    return recipe.settings(NetworkSettings, "output_kl", checks=recipe.finish_checks)

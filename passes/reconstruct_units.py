@@ -20,7 +20,7 @@ from fxquant.reconstruction.network import is_logits
 from fxquant.reconstruction.norms import NORMS
 from fxquant.reconstruction.packs import pack
 from fxquant.reconstruction.store import Store
-from fxquant.reconstruction.unit import Settings, Show, UnitData, learn_unit
+from fxquant.reconstruction.unit import Show, UnitData, UnitSettings, learn_unit
 from fxquant.reconstruction.walk import Visit, Walk, cache_of
 from fxquant.units import Unit, cut
 
@@ -93,7 +93,8 @@ class ReconstructUnits(Pass):
         if recipe.unit_granularity != "pack" or self.stage == "scales":  # rounding gains from packs, scales are few
             return cut(self.teacher, "block" if recipe.unit_granularity == "pack" else recipe.unit_granularity)
         store = cache_of(recipe, sum(map(len, self.images)), self.device)
-        return pack(self.teacher, gm, cut(self.teacher), self.images, store, recipe)
+        with self.meter("score packs") as show:
+            return pack(self.teacher, gm, cut(self.teacher), self.images, store, recipe, show)
 
     def _summarize(self, units: Sequence[Unit], store: Store) -> None:
         self.note(f"{sum(1 for unit in units if unit.layers)} units, {self.recipe.unit_granularity} by {self.recipe.unit_granularity}")
@@ -116,7 +117,7 @@ class ReconstructUnits(Pass):
                 data.suffix, data.logits = suffix, logits
         if self.stage == "units" and recipe.unit_correction_iterations:
             norms = self.teacher.meta.get(NORMS, {})
-            names, data.corrected = corrected_inputs(visit, walk, norms, store.count, recipe)
+            names, data.corrected = corrected_inputs(visit, walk, norms, store.count, recipe, show)
             extra += names
         outcome = learn_unit(data, settings, (self.seed * 1_000_003 + visit.index) % 2**63, show)
         put_modules(gm, outcome.modules)
@@ -138,11 +139,11 @@ class ReconstructUnits(Pass):
         return None
 
 
-def unit_settings(recipe: Recipe) -> Settings:
+def unit_settings(recipe: Recipe) -> UnitSettings:
     """Return the constants of the stage ``"units"``."""
-    return recipe.settings(Settings, "unit", beta=(recipe.unit_beta_start, recipe.unit_beta_end))
+    return recipe.settings(UnitSettings, "unit", beta=(recipe.unit_beta_start, recipe.unit_beta_end))
 
 
-def scales_settings(recipe: Recipe) -> Settings:
+def scales_settings(recipe: Recipe) -> UnitSettings:
     """Return the constants of the stage ``"scales"``."""
-    return recipe.settings(Settings, "scales", batch=recipe.unit_batch, activation_rate=recipe.scales_rate)
+    return recipe.settings(UnitSettings, "scales", batch=recipe.unit_batch, activation_rate=recipe.scales_rate)

@@ -18,6 +18,7 @@ from fxquant.recipe import Recipe
 from fxquant.reconstruction.learners import Learners
 from fxquant.reconstruction.losses import channel_loss
 from fxquant.reconstruction.norms import FoldedNorm, norm_distance
+from fxquant.reconstruction.unit import Show
 from fxquant.reconstruction.walk import BATCH, Visit, Walk
 from fxquant.units import extract, merge
 
@@ -64,7 +65,7 @@ def output_gradients(visit: Visit, suffix: Suffix, logits: Tensor, batch: int) -
 
 
 def corrected_inputs(
-    visit: Visit, walk: Walk, norms: Mapping[str, FoldedNorm], count: int, recipe: Recipe
+    visit: Visit, walk: Walk, norms: Mapping[str, FoldedNorm], count: int, recipe: Recipe, show: Show
 ) -> tuple[list[str], Callable[[Tensor], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]]:
     """Correct the float inputs of a unit towards the statistics of its batch norms (PD-Quant, section 3.3), and return names and reader.
 
@@ -73,6 +74,7 @@ def corrected_inputs(
         sum over norms, mean over images of |mean - m(x')|^2 + |deviation - s(x')|^2   +   pull * mean sum_channel |x' - x|^2
 
     with m and s the mean and the standard deviation over the positions of one image. The targets become the float unit's outputs for x'.
+    `show` is told how many images are done.
     """
     names = [f"corrected:{name}" for name in visit.unit.inputs]
     targets = [f"corrected:{name}" for name in visit.unit.outputs]
@@ -83,6 +85,7 @@ def corrected_inputs(
 
     def corrected() -> Iterator[tuple[Tensor, ...]]:
         for rows in torch.arange(count).split(recipe.unit_batch):
+            show(0, 1, f"correcting inputs: {int(rows[0])} of {count} images")
             moved = _corrected(probe, visit.floats(rows), [norm for _, norm in found], len(visit.unit.outputs), recipe)
             with torch.no_grad():
                 out = visit.teacher(*moved)

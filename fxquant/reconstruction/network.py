@@ -30,7 +30,7 @@ State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Settings:
+class NetworkSettings:
     """The constants of one network-wise stage; `fxquant.Recipe` says what each means."""
 
     iterations: int
@@ -79,7 +79,7 @@ class NetworkTraining:
         views: Views,
         held_out: Tensor,
         rates: Sequence[tuple[Iterable[nn.Parameter], float]],
-        settings: Settings,
+        settings: NetworkSettings,
         device: torch.device,
     ):
         self.learners, self.views, self.settings, self.device = learners, views, settings, device

@@ -20,12 +20,19 @@ from fxquant.reconstruction.learners import Learners
 from fxquant.reconstruction.losses import prediction_loss
 from fxquant.reconstruction.network import is_logits
 from fxquant.reconstruction.store import Store
+from fxquant.reconstruction.unit import Show
 from fxquant.reconstruction.walk import BATCH, Visit, Walk
 from fxquant.units import Unit, extract, merge, on_student
 
 
 def pack(
-    teacher: GraphModule, student: GraphModule, units: Sequence[Unit], images: Sequence[Tensor], store: Store, recipe: Recipe
+    teacher: GraphModule,
+    student: GraphModule,
+    units: Sequence[Unit],
+    images: Sequence[Tensor],
+    store: Store,
+    recipe: Recipe,
+    show: Show | None = None,
 ) -> list[Unit]:
     """Return `units` with runs of blocks merged into packs; the first and the last unit with layers stay alone.
 
@@ -34,7 +41,7 @@ def pack(
     """
     learned = [index for index, unit in enumerate(units) if unit.layers]
     inner = learned[1:-1]
-    scores = sensitivities(teacher, student, units, images, store, recipe.pack_score == "literal")
+    scores = sensitivities(teacher, student, units, images, store, recipe.pack_score == "literal", show)
     nodes = {node.name: node for node in teacher.graph.nodes}
     sizes = [recipe.unit_batch * sum(bytes_per_image(nodes[name]) for name in units[index].nodes) for index in inner]
     runs = adaptive_packs([scores[index] for index in inner], sizes, recipe.pack_length, recipe.memory_gib * 2**30)
@@ -70,7 +77,13 @@ def adaptive_packs(scores: Sequence[float], sizes: Sequence[float], length: int,
 
 
 def sensitivities(
-    teacher: GraphModule, student: GraphModule, units: Sequence[Unit], images: Sequence[Tensor], store: Store, literal: bool
+    teacher: GraphModule,
+    student: GraphModule,
+    units: Sequence[Unit],
+    images: Sequence[Tensor],
+    store: Store,
+    literal: bool,
+    show: Show | None = None,
 ) -> list[float]:
     """Return for each unit the mean curvature H of the logits' KL along the error that quantizing it alone makes at its output.
 
@@ -87,6 +100,8 @@ def sensitivities(
         for rows in torch.arange(store.count).split(BATCH):
             value, error, product = _curvature(visit, quantized, suffix, rows, literal)
             loss, square, first_order = loss + value, square + error, first_order + product
+        if show is not None:
+            show(visit.index + 1, len(units), visit.unit.name)
         scores[visit.index] = 2 * (loss - first_order) / square if square else 0.0
     return scores
 

@@ -31,7 +31,7 @@ TOLERATED = 1e-3
 
 
 @dataclass(frozen=True)
-class Settings:
+class UnitSettings:
     """The constants of one unit-wise stage; `fxquant.Recipe` says what each means."""
 
     iterations: int
@@ -91,7 +91,7 @@ class UnitOutcome:
     modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
 
-def learn_unit(data: UnitData, settings: Settings, seed: int, show: Show) -> UnitOutcome:
+def learn_unit(data: UnitData, settings: UnitSettings, seed: int, show: Show) -> UnitOutcome:
     """Return the modules of a unit as learned; a unit that diverges is tried again at a tenth of the rates, and then left as it was."""
     notes: list[str] = []
     outcome = UnitOutcome(data.visit.unit.name, 0.0, 0.0)
@@ -121,7 +121,7 @@ class UnitLearning:
         factor: of all rates.
     """
 
-    def __init__(self, data: UnitData, settings: Settings, seed: int, factor: float = 1.0):
+    def __init__(self, data: UnitData, settings: UnitSettings, seed: int, factor: float = 1.0):
         self.data, self.settings = data, settings
         self.generator = torch.Generator().manual_seed(seed)
         self.masks = Masks(self.generator)

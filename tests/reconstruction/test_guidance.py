@@ -91,7 +91,10 @@ def corrected(name: str, layer: str, **fields):
     teacher, student = pair(name, 3, 3)
     visit = visit_to(walk := walk_over(teacher, student, images(COUNT)), layer)
     recipe = Recipe.PDQUANT.replace(**{"unit_correction_iterations": 20, "unit_batch": 9, "unit_correction_rate": 1e-2, **fields})
-    return teacher, visit, *corrected_inputs(visit, walk, teacher.meta[NORMS], COUNT, recipe)
+    told: list[str] = []
+    found = corrected_inputs(visit, walk, teacher.meta[NORMS], COUNT, recipe, lambda done, of, text: told.append(text))
+    assert told == [f"correcting inputs: {start} of {COUNT} images" for start in range(0, COUNT, recipe.unit_batch) if found[0]]
+    return teacher, visit, *found
 
 
 def distances(visit, inputs, norms) -> float:
@@ -148,7 +151,8 @@ def test_statistics_that_match_already_change_nothing():
     norm = FoldedNorm(value.mean(1), value.std(1) + 1e-6, torch.ones(len(value)), torch.zeros(len(value)))
     walk = walk_over(teacher, student, x)
     visit = visit_to(walk, "stem.0")
-    _, read = corrected_inputs(visit, walk, {path: norm}, COUNT, Recipe.PDQUANT.replace(unit_correction_iterations=5))
+    recipe = Recipe.PDQUANT.replace(unit_correction_iterations=5)
+    _, read = corrected_inputs(visit, walk, {path: norm}, COUNT, recipe, lambda *said: None)
     rate = Recipe.PDQUANT.unit_correction_rate
     assert norm_distance(value.view(1, len(value), 16, 16), norm) < 1e-9
     moved = read(torch.arange(COUNT))[0][0] - x

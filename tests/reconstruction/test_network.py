@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from fxquant.quantizers.learned import LatentWeight, LearnedQuantizer
 from fxquant.reconstruction.learners import Learners, put_modules
-from fxquant.reconstruction.network import NetworkTraining, Settings, is_logits, with_features
+from fxquant.reconstruction.network import NetworkSettings, NetworkTraining, is_logits, with_features
 from fxquant.reconstruction.views import Views
 from fxquant.tree import tensors_of
 from fxquant.units import cut
@@ -21,7 +21,7 @@ from fxquant.units import cut
 COUNT = 20
 X = images(COUNT)
 HELD = torch.tensor([0, 5, 10, 15])
-PLAIN = Settings(
+PLAIN = NetworkSettings(
     iterations=10, warmup=0.1, temperature=2.0, kl_weight=4.0, feature_weight=0.5, mix=0.0, mix_until=0.6, checks=5, averaging=0.0,
     precision="float32",
 )  # fmt: skip
@@ -37,7 +37,7 @@ def nets() -> tuple[GraphModule, GraphModule]:
 
 
 def training_of(
-    nets: tuple[GraphModule, GraphModule], settings: Settings = PLAIN, zero_points: bool = False, blend: float = 0.0, **rates: float
+    nets: tuple[GraphModule, GraphModule], settings: NetworkSettings = PLAIN, zero_points: bool = False, blend: float = 0.0, **rates: float
 ) -> NetworkTraining:
     teacher, student = nets
     learners = Learners(student, LatentWeight, lambda q: LearnedQuantizer(q, relative=True, learned_zero_point=zero_points), biases=True)

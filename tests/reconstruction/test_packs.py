@@ -102,7 +102,9 @@ def test_packs_of_a_network():
     units, x = cut(teacher), images(12)
     packing = lambda **fields: pack(teacher, student, units, [x], Store(12, CPU, FAR), Recipe.PACKPTQ.replace(**fields))  # noqa: E731
     blocks = [unit for unit in units if unit.layers][1:-1]
-    scores = sensitivities(teacher, student, units, [x], Store(12, CPU, FAR), False)
+    told: list[tuple[float, float, str]] = []
+    scores = sensitivities(teacher, student, units, [x], Store(12, CPU, FAR), False, lambda *said: told.append(said))
+    assert told == [(number + 1, len(units), unit.name) for number, unit in enumerate(units) if unit.layers]
     expected = packs([scores[units.index(block)] for block in blocks])
     packed = [unit for unit in packing(pack_length=100) if unit.layers]
     assert [unit.layers for unit in packed[1:-1]] == [sum((b.layers for b in blocks[start:end]), ()) for start, end in expected]

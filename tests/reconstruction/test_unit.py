@@ -17,10 +17,10 @@ from fxquant.quantizers.layers import QuantizedLayer
 from fxquant.reconstruction import unit as module
 from fxquant.reconstruction.guidance import suffix_of
 from fxquant.reconstruction.learners import put_modules
-from fxquant.reconstruction.unit import Settings, UnitData, UnitLearning, learn_unit
+from fxquant.reconstruction.unit import UnitData, UnitLearning, UnitSettings, learn_unit
 
 COUNT = 24
-PLAIN = Settings(iterations=60, batch=8, rounding_rate=1e-2, activation_rate=1e-3)
+PLAIN = UnitSettings(iterations=60, batch=8, rounding_rate=1e-2, activation_rate=1e-3)
 ROWS = torch.tensor([3, 0, 11, 23, 3])
 
 
