@@ -14,6 +14,7 @@ from fxquant.graph import constant_of, free_path, is_impure, is_tensor, module_o
 from fxquant.kinds import QUANTIZED, WEIGHTED, kind
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.pipeline import Pass
+from fxquant.written import written_constants
 
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "empty")
 
@@ -31,6 +32,7 @@ class FoldConstants(Pass):
     layer can be quantized like any other, and work that does not depend on the image is done once. Positions that are computed for each
     image of a batch, all alike, are computed for one. A table that is merely indexed stays smaller as it is. Which nodes those are is
     up to the architecture, not to the weights: a file is loaded into a network with any. What a parameter has a share in is a parameter.
+    What is written into a copy of a parameter (a bias with a part of zeros) is folded behind the last write.
     """
 
     after = (Canonicalize,)
@@ -38,6 +40,12 @@ class FoldConstants(Pass):
     verb = "folded"
 
     def run(self, gm: GraphModule) -> None:
+        values, writers = written_constants(gm, _is_repeatable)
+        for node in reversed(writers):
+            node.replace_all_uses_with(node.all_input_nodes[0])  # what writes in place returns what it has written into
+            gm.graph.erase_node(node)
+        for node in [node for node in values if node not in writers and any(user not in values for user in node.users)]:
+            self._store(gm, node, values[node])
         for node, value in _folded(gm).items():
             self._store(gm, node, value)
 

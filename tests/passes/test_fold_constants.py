@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -123,6 +124,65 @@ def test_what_is_written_into_is_no_constant():
         return x.mean((2, 3))[:, None] + table @ s.w
 
     gm, _ = apply(traced(Net(body, w=parameter(3, 3))), Canonicalize())
+    new, log = apply(gm, FoldConstants())
+    assert_equal(gm, new)
+    assert log.count == 0
+
+
+def half_of_zeros(s, x):
+    bias = s.b.clone()
+    bias[2:].zero_()
+    return F.conv2d(x, s.w, bias)
+
+
+def chained(s, x):
+    bias = (s.b * 2).add_(s.b).clamp_(min=0)
+    bias[1:3] = s.b[:2]
+    bias[0].mul_(3).add_(1)
+    return F.conv2d(x, s.w, bias.contiguous())
+
+
+def twice(s, x):
+    bias = s.b.clone()
+    part = bias[:1]
+    part.zero_()
+    return F.conv2d(x, s.w, bias) + part
+
+
+@pytest.mark.parametrize("body", [half_of_zeros, chained, twice])
+def test_a_copy_that_is_written_into(body):
+    net = Net(body, w=parameter(4, 3, 1, 1), b=parameter(4))
+    before = copy.deepcopy(net.state_dict())
+    new, log = folded(net)
+    assert log.count >= 1
+    assert len(layer_names(new)) == 1
+    assert not any(str(node.target).endswith("_") or node.target is operator.setitem for node in new.graph.nodes)
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
+    assert not apply(new, FoldConstants())[1].count
+
+
+def reads_before(s, x):
+    bias = s.b.clone()
+    y = F.conv2d(x, s.w, bias)
+    bias.zero_()
+    return y + bias.view(4, 1, 1)
+
+
+def writes_the_image(s, x):
+    bias = s.b.clone()
+    bias[0] = x.mean()
+    return F.conv2d(x, s.w, bias)
+
+
+def writes_the_buffer(s, x):
+    s.state.mul_(1)
+    return F.conv2d(x, s.w, s.state)
+
+
+@pytest.mark.parametrize("body", [reads_before, writes_the_image, writes_the_buffer])
+def test_a_write_that_cannot_be_folded(body):
+    net = Net(body, w=parameter(4, 3, 1, 1), b=parameter(4), state=torch.ones(4))
+    gm, _ = apply(traced(net), Canonicalize())
     new, log = apply(gm, FoldConstants())
     assert_equal(gm, new)
     assert log.count == 0
