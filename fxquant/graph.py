@@ -48,6 +48,17 @@ def readers(node: Node) -> list[Node]:
     return [other for other in node.graph.nodes if other in users] if len(users) > 1 else list(users)
 
 
+def behind(node: Node) -> set[Node]:
+    """Return `node` and all that it is computed from."""
+    found, todo = set[Node](), [node]
+    while todo:
+        current = todo.pop()
+        if current not in found:
+            found.add(current)
+            todo += current.all_input_nodes
+    return found
+
+
 def is_tensor(node: Node) -> bool:
     """Say whether the traced value of `node` is one tensor (and not a tuple, a size or a device)."""
     return isinstance(node.meta.get("val"), torch.Tensor)

@@ -89,15 +89,15 @@ def traced(model: nn.Module, images: Tensor) -> GraphModule:
                 where="calib_loader",
                 fix="Call fxquant.trace with one of these images",
             )
-        _check_buffers(copy.deepcopy(model), images)
+        _check_buffers(model, images)
         return copy.deepcopy(model).eval()
     try:
         graph = trace(model, images)
     except TraceError:
         with contextlib.suppress(TypeError):  # forward takes other arguments than one batch: tracing says it best
-            _check_buffers(copy.deepcopy(model), images)
+            _check_buffers(model, images)
         raise
-    expected = tensors_of(_check_buffers(copy.deepcopy(model), images))
+    expected = tensors_of(_check_buffers(model, images))
     with torch.no_grad():
         got = tensors_of(graph.to(images.device)(images))
     for mine, theirs in zip(got, expected, strict=True):
@@ -111,12 +111,16 @@ def traced(model: nn.Module, images: Tensor) -> GraphModule:
     return graph
 
 
-def _check_buffers(probe: nn.Module, images: Tensor) -> object:
-    """Run `probe`, a copy, in eval mode and return its output; what it only works out once, in its first forward pass, is no state."""
-    probe = probe.eval().to(images.device)
+def _check_buffers(model: nn.Module, images: Tensor) -> object:
+    """Return the output of a copy of `model` in eval mode; what it works out in its first forward pass from no image is no state."""
+    probe, others = _probe(model, images), 0.5 - 2 * images
     output, changed = _changed_buffer(probe, images)
-    if changed:
-        _, changed = _changed_buffer(probe, -images)
+    if changed:  # the same buffers on other images, and never again
+        other = _probe(model, images)
+        _, changed = _changed_buffer(other, others)
+        values = dict(other.named_buffers())
+        differing = (name for name, value in probe.named_buffers() if name not in values or not torch.equal(values[name], value))
+        changed = next(differing, "") or _changed_buffer(probe, others)[1]
     if changed:
         raise ModelError(
             "changes during a forward pass in eval mode, so the quantized network would depend on what it saw before",
@@ -124,6 +128,10 @@ def _check_buffers(probe: nn.Module, images: Tensor) -> object:
             fix="Let forward leave buffers alone when self.training is False",
         )
     return output
+
+
+def _probe(model: nn.Module, images: Tensor) -> nn.Module:
+    return copy.deepcopy(model).eval().to(images.device)
 
 
 def _changed_buffer(probe: nn.Module, images: Tensor) -> tuple[object, str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
-from fxquant.graph import is_impure
+from fxquant.graph import behind, is_impure
 
 
 def written_constants(gm: GraphModule, is_repeatable: Callable[[Node], bool]) -> tuple[dict[Node, Tensor], list[Node]]:
@@ -19,19 +19,15 @@ def written_constants(gm: GraphModule, is_repeatable: Callable[[Node], bool]) ->
 
         clone = bias.clone();  part = clone[4:8];  part.zero_()       =>     {clone: 1 2 3 4 0 0 0 0, part: 0 0 0 0}, [zero_]
 
-    Only where no parameter or buffer itself is written into, where what is written is constant too, and where everything else reads
-    behind the last write.
+    Only where no parameter or buffer itself is written into, where all that is written is constant too, and where everything else
+    reads behind the last write.
 
     Args:
         gm: not changed, and neither are its parameters.
         is_repeatable: says whether a node gives the same whenever it runs on the same inputs, and leaves them alone.
     """
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
-    region: dict[Node, None] = {}
-    for node in order:
-        known = bool(node.all_input_nodes) and all(parent in region for parent in node.all_input_nodes)
-        if node.op == "get_attr" or (known and (is_repeatable(node) or _writes(node))):
-            region[node] = None
+    region = _region(gm, is_repeatable)
     writers = [node for node in region if _writes(node)]
     if not writers:
         return {}, []
@@ -47,6 +43,19 @@ def written_constants(gm: GraphModule, is_repeatable: Callable[[Node], bool]) ->
             found |= {node: values[node] for node in group}
             done += writing
     return found, done
+
+
+def _region(gm: GraphModule, is_repeatable: Callable[[Node], bool], spoiled: frozenset[Node] = frozenset()) -> dict[Node, None]:
+    """Return what depends on parameters and buffers alone, writes too, in order, but for what is `spoiled`."""
+    region: dict[Node, None] = {}
+    for node in gm.graph.nodes:
+        known = bool(node.all_input_nodes) and all(parent in region for parent in node.all_input_nodes)
+        if node not in spoiled and (node.op == "get_attr" or (known and (is_repeatable(node) or _writes(node)))):
+            region[node] = None
+        elif is_impure(node) and node.op != "output" and node.all_input_nodes and node.all_input_nodes[0] in region:
+            # Something unknown is written here, and what is written into may be a view of anything behind it.
+            return _region(gm, is_repeatable, spoiled.union(behind(node.all_input_nodes[0])))
+    return region
 
 
 def _writes(node: Node) -> bool:

@@ -12,7 +12,7 @@ from fxquant.channels import Link, Shared, blocks, follow
 from fxquant.equalization import put_clamp, shifted, spread_bound, update_norm
 from fxquant.execution import sweep
 from fxquant.graph import module_of, put_module
-from fxquant.kinds import WEIGHTED, is_layer, kind
+from fxquant.kinds import is_layer, kind
 from fxquant.passes.equalize_channels import EqualizeChannels
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
 from fxquant.pipeline import Pass
@@ -53,7 +53,7 @@ class AbsorbHighBias(Pass):
         moments, shared = self._moments(gm), Shared(gm)
         moved: list[tuple[Link, Tensor]] = []
         for node in gm.graph.nodes:
-            if node.op != "call_module" or kind(node) not in WEIGHTED:
+            if not is_layer(node):
                 continue
             link = follow(node, shared)
             why = link if isinstance(link, str) else _why_not(link)

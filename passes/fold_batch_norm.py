@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph import bypass, module_of, put_module, readers, sharing_copy
-from fxquant.kinds import WEIGHTED, kind
+from fxquant.kinds import is_layer, kind
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.modularize_weights import ModularizeWeights
 from fxquant.passes.split_norm_act import SplitNormAct
@@ -42,7 +42,7 @@ class FoldBatchNorm(Pass):
         assert isinstance(norm, nn.modules.batchnorm._BatchNorm) and isinstance(layer, Node)
         if norm.running_mean is None or norm.running_var is None or norm.training:
             return Skip("normalizes with the statistics of the batch, not with stored ones")
-        if layer.op != "call_module" or kind(layer) not in WEIGHTED:
+        if not is_layer(layer):
             return Skip(f"its input {layer.name} is no convolution or linear layer")
         if len(layer.users) > 1:
             others = ", ".join(other.name for other in readers(layer))

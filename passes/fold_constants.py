@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
-from fxquant.graph import constant_of, free_path, is_impure, is_tensor, module_of, put_constant
+from fxquant.graph import behind, constant_of, free_path, is_impure, is_tensor, module_of, put_constant
 from fxquant.kinds import QUANTIZED, WEIGHTED, kind
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.pipeline import Pass
@@ -44,6 +44,7 @@ class FoldConstants(Pass):
         for node in reversed(writers):
             node.replace_all_uses_with(node.all_input_nodes[0])  # what writes in place returns what it has written into
             gm.graph.erase_node(node)
+            self.changed()
         for node in [node for node in values if node not in writers and any(user not in values for user in node.users)]:
             self._store(gm, node, values[node])
         for node, value in _folded(gm).items():
@@ -89,7 +90,7 @@ def _folded(gm: GraphModule) -> dict[Node, Tensor]:
         )
         if is_tensor(node) and node.op != "get_attr" and (layers or (shown[node] and kind(node) in QUANTIZED)):
             wanted.append(node)
-    counting = {node for node in wanted if not sizes.isdisjoint(_behind(node))}
+    counting = {node for node in wanted if not sizes.isdisjoint(behind(node))}
     found = {}
     with torch.no_grad():
         networks = [gm, _with_random_weights(gm)] if counting else [gm]
@@ -124,7 +125,7 @@ def _is_learned(node: Node) -> bool:
     """Say whether a parameter has a share in the constant `node`, rather than buffers alone."""
     return any(
         isinstance(constant_of(other), nn.Parameter) or (other.op == "call_module" and any(True for _ in module_of(other).parameters()))
-        for other in _behind(node)
+        for other in behind(node)
     )
 
 
@@ -141,7 +142,7 @@ def _constants(gm: GraphModule, sizes: set[Node], written: frozenset[Node] = fro
         if node in sizes or (node not in written and (node.op == "get_attr" or computed)):
             found[node] = None
         elif is_impure(node) and node.args and node.args[0] in found and node.op != "output":
-            return _constants(gm, sizes, written.union(_behind(node.args[0])))  # it may be a view of any of them
+            return _constants(gm, sizes, written.union(behind(node.args[0])))  # it may be a view of any of them
     return found
 
 
@@ -170,21 +171,10 @@ def _is_parameter_of(node: Node, layer: Node) -> bool:
     return node in [operand for operand in [*layer.args[1:], *layer.kwargs.values()] if isinstance(operand, Node)]
 
 
-def _behind(node: Node) -> set[Node]:
-    """Return `node` and all that it is computed from."""
-    behind, todo = set(), [node]
-    while todo:
-        current = todo.pop()
-        if current not in behind:
-            behind.add(current)
-            todo += current.all_input_nodes
-    return behind
-
-
 def _sources(node: Node) -> list[Node]:
     """Return the parameters and buffers that `node` is computed from, in graph order."""
-    behind = _behind(node)
-    return [other for other in node.graph.nodes if other in behind and other.op == "get_attr"]
+    known = behind(node)
+    return [other for other in node.graph.nodes if other in known and other.op == "get_attr"]
 
 
 def _value(interpreter: Interpreter, node: Node, values: dict[Node, Any]) -> Any:

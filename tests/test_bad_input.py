@@ -335,12 +335,16 @@ class Counting(nn.Module):
             self.seen = 0.9 * self.seen + 0.1 * x.mean()
         elif self.how == "copied":
             self.seen.copy_(x.mean())
+        elif self.how == "first":
+            self.seen = torch.where(self.seen == 0, 1 / x.std(), self.seen)
+        elif self.how == "maximum":
+            self.seen = torch.maximum(self.seen, x.abs().max())
         elif self.how == "new":
             self.register_buffer("late", x.mean(), persistent=False)
         return self.fc(x.flatten(1)) + 0 * self.seen
 
 
-@pytest.mark.parametrize("how", ["in place", "assigned", "copied", "new"])
+@pytest.mark.parametrize("how", ["in place", "assigned", "copied", "first", "maximum", "new"])
 def test_buffers_that_change_in_eval(quantize, images, how):
     with pytest.raises(
         fxquant.ModelError, match=r"^buffer (seen|late): changes during a forward pass in eval mode.*Let forward leave buff"

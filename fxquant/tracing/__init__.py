@@ -16,7 +16,7 @@ from fxquant.graph import KEPT_ATTRIBUTES
 from .attention import without_fast_path
 from .failure import explain
 from .leaves import unwrap, unwrap_children
-from .sizes import FixedSizeCode, same_operations
+from .sizes import FixedSizeCode, quiet_failures, same_operations
 from .tracer import ValueTracer
 
 __all__ = ["trace"]
@@ -34,8 +34,9 @@ def trace(model: nn.Module, example: Tensor, *, leaf_modules: tuple[type[nn.Modu
         model: any module with one tensor argument. It is copied and never changed. `DataParallel`, `DistributedDataParallel` and
             `torch.compile` wrappers are taken off.
         example: `[N, C, H, W]`, any N. Only its sizes and dtype are used. N is not fixed in the graph; H and W are where the forward
-            reads them as numbers, and the graph then refuses images of any other size with a `ModelError`. A test of the batch size
-            for equality (`if n == 1`) is taken to fail; other tests of it are refused.
+            reads them as numbers. That shows in a second trace, at about 2H x 3W: where it differs, the graph refuses images of another
+            size with a `ModelError` (a test such as `if h > 1000` shows only if it turns out otherwise there). A test of the batch
+            size for equality (`if n == 1`) is taken to fail; other tests of it are refused.
         leaf_modules: classes to keep whole as `call_module`, whatever they hold.
 
     Returns:
@@ -67,32 +68,41 @@ def trace(model: nn.Module, example: Tensor, *, leaf_modules: tuple[type[nn.Modu
     can_autocast = torch.amp.is_autocast_available(device.type)
     autocast = torch.autocast(device.type, enabled=False) if can_autocast else contextlib.nullcontext()
     with torch.inference_mode(False), torch.no_grad(), autocast:
-        module = _trace(model, example.to(device), leaf_modules)
-        if example.dim() > 2 and not _holds_at_any_size(module, model, example.to(device), leaf_modules):
+        module = _trace(_copied(model), example.to(device), leaf_modules)
+        if example.dim() > 2 and not _holds_at_other_sizes(module, model, example.to(device), leaf_modules):
             module.graph.set_codegen(FixedSizeCode(tuple(example.shape[1:])))
             module.recompile()
     return module
 
 
-def _holds_at_any_size(module: torch.fx.GraphModule, model: nn.Module, example: Tensor, leaf_modules: tuple[type[nn.Module], ...]) -> bool:
-    """Say whether images of twice the size give the same graph."""
-    larger = example.new_empty(1).expand(1, example.shape[1], *(2 * size for size in example.shape[2:]))
-    with warnings.catch_warnings(action="ignore"):
-        try:
-            return same_operations(module.graph, _trace(model, larger, leaf_modules).graph)
-        except TraceError:
-            return False
+def _holds_at_other_sizes(
+    module: torch.fx.GraphModule, model: nn.Module, example: Tensor, leaf_modules: tuple[type[nn.Module], ...]
+) -> bool:
+    """Say whether images of another size and aspect, odd where the network takes that, give the same graph."""
+    sizes = example.shape[2:]
+    for odd in (1, 0):
+        root, other = _copied(model), [(2 + number) * size + odd for number, size in enumerate(sizes)]
+        with warnings.catch_warnings(action="ignore"), quiet_failures():
+            try:
+                larger = _trace(root, example.new_empty(1).expand(1, example.shape[1], *other), leaf_modules)
+            except TraceError:
+                continue
+        return same_operations(module, larger)
+    return False
 
 
-def _trace(model: nn.Module, example: Tensor, leaf_modules: tuple[type[nn.Module], ...]) -> torch.fx.GraphModule:
+def _copied(model: nn.Module) -> nn.Module:
     try:
-        root = copy.deepcopy(model)
+        return copy.deepcopy(model)
     except Exception as error:
         raise TraceError(
             f"the model cannot be copied: {error}",
             where=type(model).__name__,
             fix="Remove the tensors that an earlier forward left on it, or build it again and load its state_dict",
         ) from error
+
+
+def _trace(root: nn.Module, example: Tensor, leaf_modules: tuple[type[nn.Module], ...]) -> torch.fx.GraphModule:
     unwrap_children(root)
     root.eval()
     tracer = ValueTracer(root, leaf_modules)

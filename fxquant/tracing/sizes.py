@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph
+from torch._subclasses import FakeTensor
+from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
 from fxquant.errors import ModelError
+from fxquant.graph import constant_of, fingerprint
 
 
-def same_operations(one: Graph, other: Graph) -> bool:
-    """Say whether two graphs do the same with the same arguments, whatever the shapes of what flows between them."""
-    return list(_operations(one)) == list(_operations(other))
+def same_operations(one: GraphModule, other: GraphModule) -> bool:
+    """Say whether two graphs do the same with the same numbers and constants, whatever the shapes of what flows between them."""
+    if fingerprint(one) != fingerprint(other):
+        return False
+    pairs = zip(one.graph.nodes, other.graph.nodes, strict=True)
+    constants = ((constant_of(mine), constant_of(its)) for mine, its in pairs if mine.op == "get_attr")
+    return all(mine is its is None or (mine is not None and its is not None and torch.equal(mine, its)) for mine, its in constants)
 
 
-def _operations(graph: Graph) -> Iterator[tuple[Any, ...]]:
-    for node in graph.nodes:
-        constant = node.meta["val"] if node.op == "get_attr" else None
-        # Sizes of the batch are nodes, all others numbers; a constant that the forward made has a size as well.
-        yield node.op, str(node.target), str(node.args), str(node.kwargs), constant.shape if isinstance(constant, Tensor) else None
+@contextmanager
+def quiet_failures() -> Iterator[None]:
+    """Keep torch from printing how an operation failed on tensors without values: here that is an answer."""
+    logger = logging.getLogger(FakeTensor.__module__)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class FixedSizeCode(CodeGen):
     """Writes code that refuses images of another size before it does anything with them.
 
-    Part of the code and not of the nodes, so that passes need not know of it; copies of a graph keep it.
+    Part of the code and not of the nodes, so that passes need not know of it. A `copy.deepcopy` and a `fork` of the graph keep it;
+    retracing it, pickling it and running it node by node lose it.
 
     Args:
         size: `(C, H, W)` of the images that the graph was traced with.

@@ -1,4 +1,4 @@
-"""Images of another size: computed where the graph holds for them, refused by name where it does not, never computed wrongly."""
+"""Images of another size: computed where the graph holds for them, refused by name where it does not."""
 
 from __future__ import annotations
 
@@ -51,6 +51,12 @@ FIXED = {
     "number of pixels": lambda self, x: x * (x.shape[2] * x.shape[3]) ** -0.5,
     "constant of that size": lambda self, x: x + torch.linspace(0, 1, x.shape[3]),
     "python": lambda self, x: x.relu() if x.shape[2] > 16 else x,
+    "a constant of a number": lambda self, x: x * torch.tensor(1.0 / x.shape[2]),
+    "filled with a number": lambda self, x: x + torch.full((4, 1, 1), float(x.shape[3])),
+    "same padding": lambda self, x: F.max_pool2d(F.pad(x, (0, -(x.shape[3] + 1) % 2, 0, -(x.shape[2] + 1) % 2)), 3, 2),
+    "padded to a multiple": lambda self, x: F.pad(x, (0, -x.shape[3] % 8, 0, -x.shape[2] % 8)),
+    "aspect": lambda self, x: x * (x.shape[2] / x.shape[3]),
+    "squares": lambda self, x: x.relu() if x.shape[2] == x.shape[3] else x,
     "a window": lambda self, x: F.avg_pool2d(x, x.shape[-1]),
     "a map as the result": lambda self, x: F.interpolate(F.conv2d(x, torch.ones(5, 4, 1, 1), stride=2), size=x.shape[-2:]),
 }
