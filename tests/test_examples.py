@@ -6,7 +6,9 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,14 +36,25 @@ def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=EXAMPLES.anchor, timeout=300)
 
 
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str, str]]:
+    """Run an example that stops before it has done anything, in this process, which has torch already: exit code, output, errors."""
+
+    def stopped(name: str, *words: str) -> tuple[Any, str, str]:
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLES / name), *words])
+        with pytest.raises(SystemExit) as error:
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return error.value.code, *capsys.readouterr()
+
+    return stopped
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("[0-9]*.py")))
-def test_help_shows_the_usage(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setattr(sys, "argv", [str(EXAMPLES / name), "--help"])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    assert not stopped.value.code
-    assert f"python examples/{name}" in capsys.readouterr().out
+def test_help_shows_the_usage(name: str, stopped: Callable[..., tuple[Any, str, str]]) -> None:
+    code, out, _ = stopped(name, "--help")
+    assert not code
+    assert f"python examples/{name}" in out
 
 
 def test_quantize_digits() -> None:
@@ -60,12 +73,6 @@ def test_cifar10_on_a_network_of_ones_own(tmp_path: Path) -> None:
     assert lines[0] == "| network | stages | top-1 % | agreement % | KL to float |"
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["float"] + ["W4A4"] * 3 + ["W2A2"] * 3
     assert lines[-1].count("±") == 3
-
-
-def test_cifar10_says_what_it_needs(tmp_path: Path) -> None:
-    done = run("02_cifar10_resnet20.py", str(tmp_path))
-    assert done.returncode == 2
-    assert "has no zoo.py" in done.stderr
 
 
 def test_imagenet_folder_says_what_is_wrong(tmp_path: Path) -> None:
@@ -133,11 +140,14 @@ def test_transformers_on_a_network_of_ones_own(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "runs.jsonl").read_text() == before, "a run that is there already was repeated"
 
 
-def test_transformers_says_what_it_needs(tmp_path: Path) -> None:
-    for words in ([], [str(tmp_path)]):
-        done = run("11_transformers.py", *words)
-        assert done.returncode == 2
-        assert "has no zoo.py" in done.stderr
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("02_cifar10_resnet20.py", True), ("11_transformers.py", False), ("11_transformers.py", True), ("12_equalization.py", True)],
+)
+def test_says_that_it_needs_a_zoo(name: str, given: bool, tmp_path: Path, stopped: Callable[..., tuple[Any, str, str]]) -> None:
+    code, _, errors = stopped(name, *[str(tmp_path)] * given)
+    assert code == 2
+    assert "has no zoo.py" in errors
 
 
 def test_equalization_on_a_network_of_ones_own(tmp_path: Path) -> None:
