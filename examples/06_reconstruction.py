@@ -94,17 +94,12 @@ def main() -> None:
 
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / ("ablation.jsonl" if options.ablation else "runs.jsonl")
-    done = {key(row) for row in rows_of(log)}
     data = Data(options.path, options.network, options.ablation)
     for setting in options.settings:
         for name, recipe in runs:
             for seed in options.seeds:
                 row = {"network": options.network, "setting": setting, "recipe": name, "seed": seed}
-                row["constants"] = constants(recipe, options.device)
-                if key(row) not in done:
-                    row |= run(data, setting, recipe, seed, options.device)
-                    with log.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                if run_once(log, row, data, recipe, options.device):
                     print(json.dumps(row), flush=True)
     current = {name: constants(recipe, options.device) for name, recipe in runs}  # rows of a recipe that has changed since are left out
     rows = [row for row in rows_of(log) if row["network"] == options.network]
@@ -130,6 +125,17 @@ class Data:
             self.images, self.labels = zoo.load_images(test, norm)
         self.teacher = logits(self.model, self.images)
         self.float_top1 = top1(self.teacher, self.labels)
+
+
+def run_once(log: Path, row: dict[str, Any], data: Data, recipe: fxquant.Recipe, device: str) -> bool:
+    """Make the run that `row` names, fill it in and append it to the log; say whether it was not there yet."""
+    row["constants"] = constants(recipe, device)
+    if key(row) in {key(other) for other in rows_of(log)}:
+        return False
+    row |= run(data, row["setting"], recipe, row["seed"], device)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    return True
 
 
 def run(data: Data, setting: str, recipe: fxquant.Recipe, seed: int, device: str) -> dict[str, Any]:

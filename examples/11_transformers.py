@@ -71,16 +71,12 @@ def recipe_of(name: str) -> fxquant.Recipe:
 def table(options: argparse.Namespace, network: str, recipes: dict[str, fxquant.Recipe], log: Path) -> str:
     """Make the runs of a network that are not in the log yet, and return the table of all with these recipes, in Markdown."""
     data = runs.Data(options.path, network, options.development)
-    done = {runs.key(row) for row in runs.rows_of(log)}
     current = {name: runs.constants(recipe, options.device) for name, recipe in recipes.items()}
     for setting in options.settings:
         for name, recipe in recipes.items():
             for seed in options.seeds:
-                row = {"network": network, "setting": setting, "recipe": name, "seed": seed, "constants": current[name]}
-                if runs.key(row) not in done:
-                    row |= runs.run(data, setting, recipe, seed, options.device)
-                    with log.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                row = {"network": network, "setting": setting, "recipe": name, "seed": seed}
+                if runs.run_once(log, row, data, recipe, options.device):
                     print(json.dumps(row), file=sys.stderr, flush=True)
     rows = [row for row in runs.rows_of(log) if row["network"] == network and row["constants"] == current.get(row["recipe"])]
     return runs.markdown(rows, data.float_top1)

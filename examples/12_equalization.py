@@ -61,17 +61,13 @@ def main() -> None:
 def table(options: argparse.Namespace, network: str, log: Path) -> str:
     """Make the runs of a network that are not in the log yet, and return the table of all with these recipes, in Markdown."""
     data = runs.Data(options.path, network, False)
-    float_network, done = data.model, {runs.key(row) for row in runs.rows_of(log)}
+    float_network = data.model
     for name, (steps, recipe) in WAYS.items():
         data.model = prepared(float_network, data.calibration[:1], steps)
         for setting in options.settings:
             for seed in options.seeds:
-                constants = runs.constants(recipe, options.device)
-                row = {"network": network, "setting": setting, "recipe": name, "seed": seed, "constants": constants}
-                if runs.key(row) not in done:
-                    row |= runs.run(data, setting, recipe, seed, options.device)
-                    with log.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                row = {"network": network, "setting": setting, "recipe": name, "seed": seed}
+                if runs.run_once(log, row, data, recipe, options.device):
                     print(json.dumps(row), file=sys.stderr, flush=True)
     current = {name: runs.constants(recipe, options.device) for name, (_, recipe) in WAYS.items()}
     rows = [row for row in runs.rows_of(log) if row["network"] == network and row["constants"] == current.get(row["recipe"])]

@@ -117,7 +117,7 @@ def _check_buffers(model: nn.Module, images: Tensor) -> object:
     output, changed = _changed_buffer(probe, images)
     if changed:  # the same buffers on other images, and never again
         other = _probe(model, images)
-        _, changed = _changed_buffer(other, others)
+        _changed_buffer(other, others)
         values = dict(other.named_buffers())
         differing = (name for name, value in probe.named_buffers() if name not in values or not torch.equal(values[name], value))
         changed = next(differing, "") or _changed_buffer(probe, others)[1]

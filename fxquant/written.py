@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.node import map_arg
 
 from fxquant.graph import behind, is_impure
 
@@ -65,8 +64,7 @@ def _writes(node: Node) -> bool:
 @torch.no_grad()
 def _run(gm: GraphModule, nodes: list[Node]) -> dict[Node, Any]:
     """Run `nodes` in order, on a copy of the parameters."""
-    interpreter, values = Interpreter(copy.deepcopy(gm)), dict[Node, Any]()
+    interpreter = Interpreter(copy.deepcopy(gm))
     for node in nodes:
-        args, kwargs = (map_arg(part, values.__getitem__) for part in (node.args, node.kwargs))
-        values[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
-    return values
+        interpreter.env[node] = interpreter.run_node(node)
+    return interpreter.env

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.node import map_arg
 
 from fxquant.graph import behind, constant_of, free_path, is_impure, is_tensor, module_of, put_constant
 from fxquant.kinds import QUANTIZED, WEIGHTED, kind
@@ -182,6 +181,6 @@ def _value(interpreter: Interpreter, node: Node, values: dict[Node, Any]) -> Any
     for parent in node.all_input_nodes:
         if parent not in values:
             _value(interpreter, parent, values)
-    args, kwargs = (map_arg(part, values.__getitem__) for part in (node.args, node.kwargs))
-    values[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
+    interpreter.env = values
+    values[node] = interpreter.run_node(node)
     return values[node]

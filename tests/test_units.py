@@ -419,6 +419,13 @@ def test_batch_sizes_from_far_away_are_computed_anew():
     assert_law(gm, units)
 
 
+def test_a_truth_value_of_the_batch_size_is_no_number_to_compute_anew():
+    image = next(node for node in far_sizes().graph.nodes if node.op == "placeholder")
+    size = image.meta["val"].shape[0]
+    with pytest.raises(NotImplementedError, match="a truth value that depends on the batch size"):
+        fxquant.regions.rebuild((2, size > 3), image)
+
+
 def test_numbers_that_cannot_be_computed_anew_keep_regions_together(monkeypatch):
     def refuse(*_):
         raise NotImplementedError
