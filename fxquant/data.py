@@ -197,6 +197,23 @@ def check_seed(seed: object) -> int:
 
 
 @contextmanager
+def repeatable(seed: int, loader: object = None) -> Iterator[None]:
+    """Let what is inside the block come out the same every time, as `seeded`, with gradients wherever the caller stands.
+
+    On a GPU, convolutions take algorithms that give the same bits every time; a few other operations there have none (the gradient of
+    `adaptive_avg_pool2d` is one).
+    """
+    cudnn = torch.backends.cudnn
+    chosen = cudnn.deterministic, cudnn.benchmark
+    with torch.inference_mode(False), torch.enable_grad(), seeded(seed, loader):
+        cudnn.deterministic, cudnn.benchmark = True, False
+        try:
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = chosen
+
+
+@contextmanager
 def seeded(seed: int, loader: object = None) -> Iterator[None]:
     """Seed the global generators of torch, numpy and Python and those of `loader` inside the block; put their states back behind it.
 

@@ -21,7 +21,7 @@ from fxquant.calibration import activation_quantizers, affordable_images, weight
 from fxquant.console import Narrator
 from fxquant.correction import CatSetting, append_selected, check_cat_setting
 from fxquant.coverage import describe_work
-from fxquant.data import check_seed, collect, in_one_order, is_changing, rebatch, seeded
+from fxquant.data import check_seed, collect, in_one_order, is_changing, rebatch, repeatable
 from fxquant.errors import ConfigError
 from fxquant.inspection import check_network, traced, working_device
 from fxquant.learning import keeper_of, learning_passes
@@ -85,7 +85,7 @@ def quantize(
     model = check_network(model)
     device = working_device(model, device)
     seed = check_seed(seed)
-    with torch.inference_mode(False), torch.enable_grad(), seeded(seed, calib_loader):
+    with repeatable(seed, calib_loader):
         ordered = in_one_order(calib_loader)
         calib_loader = calib_loader if ordered is None else ordered
         images = rebatch(collect(calib_loader, next((p.dtype for p in model.parameters()), torch.float32)))

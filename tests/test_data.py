@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import fxquant
-from fxquant.data import check_seed, collect, first_images, fresh_views, rebatch, seeded
+from fxquant.data import check_seed, collect, first_images, fresh_views, rebatch, repeatable, seeded
 
 
 @pytest.fixture
@@ -170,6 +170,20 @@ def test_seeded_puts_everything_back(random_states):
     with contextlib.suppress(KeyError), seeded(3):
         torch.rand(3), np.random.rand(3), random.random()
         raise KeyError
+    assert random_states() == before
+
+
+@pytest.mark.parametrize("chosen", [(False, True), (True, False)])
+def test_repeatable_lets_convolutions_be_so_and_puts_everything_back(random_states, monkeypatch, chosen):
+    for name, value in zip(("deterministic", "benchmark"), chosen, strict=True):
+        monkeypatch.setattr(torch.backends.cudnn, name, value)
+    before = random_states()
+    with torch.inference_mode(), contextlib.suppress(KeyError), repeatable(3):
+        assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (True, False)
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        torch.rand(3)
+        raise KeyError
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == chosen
     assert random_states() == before
 
 

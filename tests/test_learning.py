@@ -979,7 +979,7 @@ def test_the_need_is_printed_before_work_starts(net, images, capfd):
     assert out == ""
     lines = [line for line in err.splitlines() if line.strip()]
     (place,) = [index for index, line in enumerate(lines) if line.startswith("cache")]
-    assert re.fullmatch(r"cache\s+\d+\.\d\d GiB for 64 images in front of 3 units, 2.00 GiB may be in memory", lines[place])
+    assert re.fullmatch(r"cache\s+\d+\.\d\d GiB for 64 images in front of 3 units, 2.00 GiB may be in host memory", lines[place])
     assert place < next(
         index for index, line in enumerate(lines) if line.startswith(("insert_fake_quant", "correct_bias", "reconstruct_units"))
     )

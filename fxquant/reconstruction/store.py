@@ -44,13 +44,14 @@ class _Entry:
 class Store:
     """Tensors by name, row i of each belonging to calibration image i, under a byte budget.
 
-    While what memory holds stays within the budget, a tensor goes onto the device (a GPU with room) or into host memory. What is beyond it
-    goes into files without a name, so nothing stays on disk, not even after a kill. What is read is a copy: it may be written into.
+    A tensor goes onto the device when that is a GPU with room, else into host memory while that holds no more than the budget. What is
+    beyond it goes into files without a name, so nothing stays on disk, not even after a kill. What is read is a copy: it may be written
+    into.
 
     Args:
         count: calibration images, the rows of every tensor.
         device: where `rows` and `batches` are wanted.
-        budget: bytes that may be held in memory, host and device together.
+        budget: bytes that may be held in host memory; of a GPU, a quarter stays free.
         dtype: what wider floating point tensors are stored as, such as ``torch.bfloat16``; None: everything as it is.
         folder: for the files; None: that of temporary files (the environment variable TMPDIR).
     """
@@ -79,8 +80,8 @@ class Store:
 
     @property
     def memory(self) -> int:
-        """Bytes held now in host and device memory; never more than the budget."""
-        return sum(entry.bytes for entry in self._entries.values() if entry.place != "disk")
+        """Bytes held now in host memory; never more than the budget."""
+        return sum(entry.bytes for entry in self._entries.values() if entry.place == "host")
 
     def put(self, name: str, batches: Iterable[Tensor]) -> None:
         """Store `batches` under one name; see `put_all`."""
@@ -167,11 +168,11 @@ class Store:
 
     def _allocate(self, name: str, shape: list[int], dtype: torch.dtype) -> tuple[Tensor, str]:
         size = math.prod(shape) * dtype.itemsize
-        if self.memory + size > self.budget:
-            return self._map(name, size).view(dtype).view(shape), "disk"
         if self.device.type == "cuda" and size <= _room(self.device):
             with contextlib.suppress(torch.OutOfMemoryError):  # what is free may be in pieces
                 return torch.empty(shape, dtype=dtype, device=self.device), "device"
+        if self.memory + size > self.budget:
+            return self._map(name, size).view(dtype).view(shape), "disk"
         return torch.empty(shape, dtype=dtype, device="cpu"), "host"
 
     def _map(self, name: str, size: int) -> Tensor:

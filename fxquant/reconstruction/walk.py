@@ -3,7 +3,8 @@
     float    x0 --unit 1--> x1 --unit 2--> x2        targets of a unit: the outputs of the float unit
     student  x0 --unit 1'-> q1 --unit 2'-> q2        unit 1' is learned before q1 is computed
 
-What no later unit reads is dropped. A unit is run once a side and batch to fill the cache, so the total is twice the number of units.
+What no later unit reads is dropped. A unit is run once a side and batch to fill the cache, so the total is twice the number of units;
+where teacher and student are one graph, there is one side.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Visit:
     student: GraphModule
     store: Store
     shared: frozenset[str] = frozenset()
-    """Names that are the same on both sides: the images."""
+    """Names that are the same on both sides: the images, or all where teacher and student are one graph."""
     activations: bool = True
     """Whether the student's activations are quantized."""
 
@@ -79,7 +80,7 @@ def channel_axis(node: Node) -> int | None:
 
 
 def key(name: str, side: str, shared: frozenset[str]) -> str:
-    """Return under which name a tensor is stored: the images once, everything else once a side."""
+    """Return under which name a tensor is stored: once when it is `shared`, else once a side."""
     return name if name in shared else f"{side}:{name}"
 
 
@@ -106,13 +107,15 @@ class Walk:
     ):
         self.teacher, self.student, self.units, self.store = without_gradients(teacher), student, units, store
         placeholders = [node.name for node in teacher.graph.nodes if node.op == "placeholder"]
-        self.shared = frozenset(placeholders)
+        same = [name for unit in units for name in unit.outputs] if student is teacher else []
+        self.shared = frozenset((*placeholders, *same))
+        self.placeholders = frozenset(placeholders)
         self.images, self.activations = images, activations
         read = {name for unit in units for name in unit.inputs}
         self.last = {name: max(index for index, unit in enumerate(units) if name in unit.inputs) for name in read}
 
     def __iter__(self) -> Iterator[Visit]:
-        for name in self.shared & self.last.keys():
+        for name in self.placeholders & self.last.keys():
             self.store.put(name, self.images)
         for index, unit in enumerate(self.units):
             teacher = extract(self.teacher, unit)
@@ -120,7 +123,7 @@ class Walk:
             if unit.layers:
                 student = extract(self.student, on_student(unit, self.student))
                 yield Visit(index, unit, teacher, student, self.store, self.shared, self.activations)
-            if any(name in self.last for name in unit.outputs):
+            if any(name in self.last and name not in self.shared for name in unit.outputs):
                 quantized = extract(self.student, on_student(unit, self.student))
                 self._fill(Learners(quantized, None, None, float_activations=not self.activations).graph, unit, "student")
             self._drop(index, unit)

@@ -364,13 +364,16 @@ def test_a_quarter_of_the_gpu_stays_free(monkeypatch, free, kept, place):
     assert store.places == {"x": place}
 
 
-def test_the_budget_counts_the_gpu_too(monkeypatch):
+def test_what_a_gpu_holds_is_outside_the_budget(monkeypatch):
     cuda = FakeCuda(monkeypatch, 1000, 1000)
     store = Store(6, torch.device("cuda", 0), 24)
     store.put("x", [torch.zeros(6)])
     store.put("y", [torch.zeros(6)])
-    assert store.places == {"x": "device", "y": "disk"}
-    assert cuda.asked == [torch.device("cuda", 0)]
+    cuda.full = True
+    store.put("z", [torch.zeros(6)])
+    store.put("beyond", [torch.zeros(6)])
+    assert store.places == {"x": "device", "y": "device", "z": "host", "beyond": "disk"}
+    assert (store.memory, store.bytes, store.peak) == (24, 96, 96)
 
 
 def test_a_gpu_in_pieces_falls_back_to_the_host(monkeypatch):

@@ -109,6 +109,24 @@ def test_every_unit_runs_once_a_side_and_batch(name, granularity):
             assert calls["student"][layer] == (batches if read else 0), "nobody reads what the last unit makes of the quantized input"
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_one_graph_on_both_sides_is_run_and_held_once(name):
+    teacher = fresh(name)[0]
+    calls: Counter[str] = Counter()
+    counting(teacher, calls)
+    units, nodes = cut(teacher), {node.name: node for node in teacher.graph.nodes}
+    walk = walk_of(teacher, teacher, units)
+    expected = values_of(teacher, torch.cat(uneven()))
+    calls.clear()
+    for visit in walk:
+        assert all(map(torch.equal, visit.floats(ROWS), visit.quantized(ROWS)))
+        torch.testing.assert_close(visit.targets(ROWS), tuple(expected[name] for name in visit.unit.outputs))
+        assert len(set(visit.store.names)) == len({stored.split(":")[-1] for stored in visit.store.names}) == len(visit.store.names)
+    assert set(calls.values()) == {len(ROWS.split(BATCH))}
+    everything = {name for unit in units for name in (*unit.inputs, *unit.outputs)}
+    assert walk.store.peak <= COUNT * sum(bytes_per_image(nodes[name]) for name in everything)
+
+
 @pytest.mark.parametrize("granularity", ["layer", "block"])
 @pytest.mark.parametrize("name", ["residual", "dense", "attention"])
 def test_learning_runs_no_float_layer_again(name, granularity):
