@@ -7,6 +7,7 @@ the identity.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -273,6 +274,12 @@ def images(count: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def traced(net: nn.Module | str) -> GraphModule:
     return trace(make(net) if isinstance(net, str) else scrambled(net), images())
+
+
+@functools.cache
+def once_traced(name: str, dtype: torch.dtype = torch.float32) -> GraphModule:
+    """Return the graph of a tiny net, traced once: a pass or `quantize` makes a copy of it."""
+    return trace(make(name).to(dtype), images(dtype=dtype))
 
 
 def prepared(net: nn.Module | str) -> GraphModule:

@@ -159,7 +159,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("vgg16_bn", "swin_t", "convnext_tiny"))) for name in NETWORKS]
+)
 def test_blocks_of_real_networks(name):
     _, size, expected = NETWORKS[name]
     gm = real(name)

@@ -42,6 +42,8 @@ _RANDOM |= {"uniform_", "normal_", "bernoulli_", "random_", "exponential_", "tru
 # Factories on a tensor of which only the dtype and the device matter: with static sizes they give a constant.
 _NEW = {Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty, Tensor.new_tensor}
 
+_NORM_DIMS: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+
 _EXPLICIT: dict[Callable[..., Any], Callable[..., Any]] = {F.multi_head_attention_forward: explicit_functional}
 
 
@@ -167,7 +169,7 @@ class ValueTracer(torch.fx.Tracer):
         try:
             with self._inside_torch():
                 try:
-                    return runnable(*args, **kwargs)
+                    return torch.empty_like(args[0]) if _keeps_form(module, args) else runnable(*args, **kwargs)
                 except Exception:
                     if not unknown:
                         raise
@@ -352,6 +354,17 @@ def _module_calls(tracer: ValueTracer) -> Iterator[None]:
         yield
     finally:
         nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+def _keeps_form(module: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Say whether `module` is a batch norm that gives a new tensor like its input; fake tensors would take it apart, at 30 ms each."""
+    if type(module) not in _NORM_DIMS or len(args) != 1 or not isinstance(args[0], Tensor):
+        return False
+    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+    mean, value = module.running_mean, args[0]
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    ordinary = mean is not None and not module.training and not hooked and value.dim() in _NORM_DIMS[type(module)]
+    return ordinary and value.dtype == mean.dtype and value.device == mean.device and value.shape[1] == module.num_features
 
 
 def _name(func: Callable[..., Any]) -> str:

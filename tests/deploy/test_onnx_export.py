@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nets import Net, images, make
+from nets import Net, images, make, once_traced
 from torch import Tensor, nn
 
 import fxquant
@@ -65,31 +65,36 @@ class Case:
 
 
 def with_cat() -> torch.fx.GraphModule:
-    return fxquant.append_cat(quantize(make("chain"), 2, 4), make("chain"), [images(16)], fit="kl", clusters=3, progress=False)
+    return fxquant.append_cat(
+        quantize(once_traced("chain"), 2, 4), once_traced("chain"), [images(16)], fit="kl", clusters=3, progress=False
+    )
 
 
 CASES = {
-    "two bits": (lambda: quantize(make("residual"), 2, 2), False),
-    "two bits, clip": (lambda: quantize(make("residual"), 2, 2), True),
-    "two and eight bits": (lambda: quantize(make("chain"), 2, 8), False),
-    "three bits, transposed": (lambda: quantize(make("transposed"), 3, 3), False),
-    "three bits, clip": (lambda: quantize(make("mobile"), 3, 3), True),
-    "four bits, depthwise": (lambda: quantize(make("mobile"), 4, 4), False),
-    "five and six bits": (lambda: quantize(make("shuffle"), 5, 6), False),
-    "eight bits": (lambda: quantize(make("one_dimension"), 8, 8), False),
-    "attention, two bits": (lambda: quantize(make("attention"), 2, 2), False),
-    "attention, four bits": (lambda: quantize(make("attention"), 4, 4), False),
-    "attention, weights only": (lambda: quantize(make("attention"), 4, None), False),
-    "attention, log2": (lambda: quantize(make("attention"), 4, 4, recipe=logarithmic("log2")), False),
-    "attention, logsqrt2, clip": (lambda: quantize(make("attention"), 3, 3, recipe=logarithmic("logsqrt2")), True),
-    "attention, log2, eight bits": (lambda: quantize(make("attention"), 8, 8, recipe=logarithmic("log2")), False),
-    "attention, a scale a head": (lambda: quantize(make("attention"), 4, 3, recipe=logarithmic("logsqrt2", matmul_scales="head")), False),
-    "activations only": (lambda: quantize(make("linear_norm"), None, 4), False),
-    "signed, two bits": (lambda: quantize(make("chain"), 2, 2, recipe=SYMMETRIC), False),
-    "signed, six bits": (lambda: quantize(make("linear_norm"), 6, 6, recipe=SYMMETRIC), False),
-    "float islands": (lambda: quantize(make("norm_act"), 2, 2, edges="8bit", overrides={"2": {"w": None, "a": None}}), False),
+    "two bits": (lambda: quantize(once_traced("residual"), 2, 2), False),
+    "two bits, clip": (lambda: quantize(once_traced("residual"), 2, 2), True),
+    "two and eight bits": (lambda: quantize(once_traced("chain"), 2, 8), False),
+    "three bits, transposed": (lambda: quantize(once_traced("transposed"), 3, 3), False),
+    "three bits, clip": (lambda: quantize(once_traced("mobile"), 3, 3), True),
+    "four bits, depthwise": (lambda: quantize(once_traced("mobile"), 4, 4), False),
+    "five and six bits": (lambda: quantize(once_traced("shuffle"), 5, 6), False),
+    "eight bits": (lambda: quantize(once_traced("one_dimension"), 8, 8), False),
+    "attention, two bits": (lambda: quantize(once_traced("attention"), 2, 2), False),
+    "attention, four bits": (lambda: quantize(once_traced("attention"), 4, 4), False),
+    "attention, weights only": (lambda: quantize(once_traced("attention"), 4, None), False),
+    "attention, log2": (lambda: quantize(once_traced("attention"), 4, 4, recipe=logarithmic("log2")), False),
+    "attention, logsqrt2, clip": (lambda: quantize(once_traced("attention"), 3, 3, recipe=logarithmic("logsqrt2")), True),
+    "attention, log2, eight bits": (lambda: quantize(once_traced("attention"), 8, 8, recipe=logarithmic("log2")), False),
+    "attention, a scale a head": (
+        lambda: quantize(once_traced("attention"), 4, 3, recipe=logarithmic("logsqrt2", matmul_scales="head")),
+        False,
+    ),
+    "activations only": (lambda: quantize(once_traced("linear_norm"), None, 4), False),
+    "signed, two bits": (lambda: quantize(once_traced("chain"), 2, 2, recipe=SYMMETRIC), False),
+    "signed, six bits": (lambda: quantize(once_traced("linear_norm"), 6, 6, recipe=SYMMETRIC), False),
+    "float islands": (lambda: quantize(once_traced("norm_act"), 2, 2, edges="8bit", overrides={"2": {"w": None, "a": None}}), False),
     "cat": (with_cat, False),
-    "several outputs": (lambda: quantize(make("several_outputs"), 2, 2), False),
+    "several outputs": (lambda: quantize(once_traced("several_outputs"), 2, 2), False),
 }
 
 

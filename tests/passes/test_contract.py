@@ -8,12 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from nets import NETS, apply, images, make, prepared, traced
+from nets import NETS, apply, images, once_traced, prepared, traced
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_manager import PassManager
 
-from fxquant import trace
 from fxquant.calibration import activation_quantizers, weight_quantizers
 from fxquant.cat import CAT
 from fxquant.errors import CATError
@@ -84,9 +83,6 @@ def some_cat(dtype: torch.dtype, clusters: int = 2) -> CAT:
     return CAT.from_clusters(gamma, beta, 0.5, centers if clusters > 1 else None, dtype=dtype)
 
 
-once_traced = functools.cache(traced)
-
-
 def returns_logits(name: str) -> bool:
     return name != "several_outputs"
 
@@ -98,7 +94,7 @@ CASES = [(step, name) for step in (*PREPARE, *QUANTIZE) for name in NETS if step
 def case(request) -> tuple[GraphModule, Pass]:
     step, name = request.param
     # Rounding noise moves a value over the edge of a quantization step now and then, which bias correction then corrects.
-    return before(step, once_traced(name) if step is not CorrectBias else trace(make(name).double(), images(dtype=torch.float64)))
+    return before(step, once_traced(name, torch.float64 if step is CorrectBias else torch.float32))
 
 
 def test_contract(case, untouched):
@@ -221,7 +217,7 @@ def quantized(name: str) -> tuple[GraphModule, list[Tensor], GraphModule]:
 @pytest.mark.parametrize("step", [*PREPARE, *QUANTIZE])
 @pytest.mark.parametrize("name", ["residual", "Functional", "norm_act", "transposed", "attention"])
 def test_float64(step, name):
-    gm, step = before(step, trace(make(name).double(), images(dtype=torch.float64)))
+    gm, step = before(step, once_traced(name, torch.float64))
     new = step(gm).graph_module
     x = images(dtype=torch.float64)
     assert all(value.dtype == torch.float64 for value in new.parameters())

@@ -439,6 +439,42 @@ def test_eval_mode_does_not_warn() -> None:
         trace(net(lambda self, x: x), IMAGES)
 
 
+@pytest.mark.parametrize(
+    ("norm", "example", "layout"),
+    [
+        (nn.BatchNorm1d(6), torch.zeros(4, 6), torch.contiguous_format),
+        (nn.BatchNorm1d(6), torch.zeros(4, 6, 5), torch.contiguous_format),
+        (nn.BatchNorm2d(6, affine=False), torch.zeros(4, 6, 5, 7), torch.contiguous_format),
+        (nn.BatchNorm2d(6), torch.zeros(4, 6, 5, 7), torch.channels_last),
+        (nn.BatchNorm2d(6, track_running_stats=False), torch.zeros(4, 6, 5, 7), torch.contiguous_format),
+        (nn.BatchNorm3d(6), torch.zeros(4, 6, 5, 7, 3), torch.channels_last_3d),
+    ],
+)
+def test_values_of_batch_norms_have_the_form_of_true_ones(norm: nn.Module, example: Tensor, layout: torch.memory_format) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x.abs().contiguous(memory_format=layout))  # type: ignore[no-any-return]
+
+    model = Normed().eval()
+    graph_module = check(model, example)
+    true, traced = model(example), next(node.meta["val"] for node in graph_module.graph.nodes if node.op == "call_module")
+    assert isinstance(traced, FakeTensor)
+    assert (traced.shape[1:], traced.dtype, traced.stride()[1:]) == (true.shape[1:], true.dtype, true.stride()[1:])
+
+
+@pytest.mark.parametrize(
+    ("norm", "example"),
+    [(nn.BatchNorm2d(6), torch.zeros(4, 5, 4, 4)), (nn.BatchNorm2d(6), torch.zeros(4, 6)), (nn.BatchNorm1d(6), torch.zeros(4, 6, 5, 5))],
+)
+def test_a_batch_norm_that_does_not_fit_its_input(norm: nn.Module, example: Tensor) -> None:
+    with pytest.raises(TraceError, match=r"^0 \(BatchNorm\dd\)"):
+        trace(nn.Sequential(norm).eval(), example)
+
+
 def test_the_modes_of_the_caller_do_not_matter() -> None:
     model = resnet18().eval()
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
