@@ -29,12 +29,16 @@ runs = importlib.import_module("06_reconstruction")  # beside this file, so it i
 NETWORKS = ("mobilenet_v2", "mobilenetv1_075", "squeezenet1_1")
 RANGES = fxquant.Recipe(name="ranges", stages=("ranges",))
 BIAS = fxquant.Recipe(name="bias", stages=("ranges", "bias"))
-WAYS: dict[str, tuple[tuple[type[Pass], ...], fxquant.Recipe]] = {
+IMAGES = 128
+"""Calibration images of which `AbsorbHighBias` takes the moments."""
+
+WAYS: dict[str, tuple[tuple[str, ...], fxquant.Recipe]] = {
     "ranges": ((), RANGES),
-    "equalized": ((EqualizeChannels,), RANGES),
-    "equalized, absorbed": ((EqualizeChannels, AbsorbHighBias), RANGES),
+    "equalized": (("equalize",), RANGES),
+    "equalized, absorbed by batch norms": (("equalize", "absorb by batch norms"), RANGES),
+    "equalized, absorbed by images": (("equalize", "absorb by images"), RANGES),
     "bias": ((), BIAS),
-    "equalized, absorbed, bias": ((EqualizeChannels, AbsorbHighBias), BIAS),
+    "equalized, absorbed by images, bias": (("equalize", "absorb by images"), BIAS),
 }
 """Passes in front of the quantization, and the recipe of it."""
 
@@ -63,7 +67,7 @@ def table(options: argparse.Namespace, network: str, log: Path) -> str:
     data = runs.Data(options.path, network, False)
     float_network = data.model
     for name, (steps, recipe) in WAYS.items():
-        data.model = prepared(float_network, data.calibration[:1], steps)
+        data.model = prepared(float_network, data.calibration[:IMAGES], steps)
         for setting in options.settings:
             for seed in options.seeds:
                 row = {"network": network, "setting": setting, "recipe": name, "seed": seed}
@@ -74,9 +78,14 @@ def table(options: argparse.Namespace, network: str, log: Path) -> str:
     return f"{network}\n\n{runs.markdown(rows, data.float_top1)}"
 
 
-def prepared(network: nn.Module, image: Tensor, steps: Sequence[type[Pass]]) -> GraphModule:
+def prepared(network: nn.Module, images: Tensor, steps: Sequence[str]) -> GraphModule:
     """Return the graph of `network` behind these passes."""
-    return Pipeline([step() for step in (*PREPARE, *steps)]).run(fxquant.trace(network, image))
+    made: dict[str, Pass] = {
+        "equalize": EqualizeChannels(),
+        "absorb by batch norms": AbsorbHighBias(),
+        "absorb by images": AbsorbHighBias(images.split(32)),
+    }
+    return Pipeline([*(step() for step in PREPARE), *(made[step] for step in steps)]).run(fxquant.trace(network, images[:1]))
 
 
 if __name__ == "__main__":

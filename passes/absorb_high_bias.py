@@ -18,8 +18,9 @@ from fxquant.passes.fold_batch_norm import FoldBatchNorm
 from fxquant.pipeline import Pass
 from fxquant.reconstruction.norms import NORMS, FoldedNorm
 
-Moments = dict[str, tuple[Tensor, Tensor]]
-"""Mean and deviation of each output channel of a layer, float64 ``[C]``, by the path of the layer."""
+Moments = dict[str, tuple[Tensor, Tensor, Tensor]]
+"""Mean, deviation and least value (minus infinity where nothing is known of it) of each output channel of a layer, float64 ``[C]``, by the
+path of the layer."""
 
 
 class AbsorbHighBias(Pass):
@@ -31,7 +32,9 @@ class AbsorbHighBias(Pass):
     then begins at 0 where it began at c, and its quantizer spends no codes below: equalizing makes some channels small in their
     weights, but large in their bias. A bound above (ReLU6, `ChannelClamp`) falls by c as well.
 
-    Means and deviations are of the outputs of A, from `batches` or, without images, from the batch norm that was folded into A.
+    Means and deviations are of the outputs of A, from `batches` or, without images, from the batch norm that was folded into A. Give
+    images where there are any: c then is at most the least value of the channel on them, so that the outputs for them stay equal, and a
+    batch norm may remember statistics that its layer does not have.
 
     Refused when anything but ReLUs lies between, when the output also goes anywhere else, and when a B pads with zeros: c is then missing
     in the padding, and the borders of every image would be wrong by V c, not the rare values below c by a little.
@@ -77,26 +80,32 @@ class AbsorbHighBias(Pass):
     def _moments(self, gm: GraphModule) -> Moments:
         if self.batches is None:
             norms: dict[str, FoldedNorm] = gm.meta.get(NORMS, {})
-            return {path: (n.factor.double() * n.mean + n.shift, (n.factor.double() * n.deviation).abs()) for path, n in norms.items()}
+            return {path: _of_norm(norm) for path, norm in norms.items()}
         self.note(f"moments over {sum(map(len, self.batches))} images")
         found = {}
         for node, values in self.track(sweep(gm, self.batches), "absorb high bias", len(gm.graph.nodes)):
             if is_layer(node):
-                found[str(node.target)] = _mean_and_deviation(values, -1 if kind(node) == "linear" else 1)
+                found[str(node.target)] = _moments(values, -1 if kind(node) == "linear" else 1)
         return found
 
-    def _part(self, mean: Tensor, deviation: Tensor) -> Tensor:
+    def _part(self, mean: Tensor, deviation: Tensor, least: Tensor) -> Tensor:
         part = mean - self.deviations * deviation
+        part = torch.where(least.isfinite(), torch.minimum(part, least), part)
         # What rounding leaves of a part that has been moved already does not count.
         return torch.where(part > 1e-4 * (mean.abs() + deviation), part, 0.0)
 
 
-def _mean_and_deviation(values: Sequence[Tensor], axis: int) -> tuple[Tensor, Tensor]:
+def _of_norm(norm: FoldedNorm) -> tuple[Tensor, Tensor, Tensor]:
+    mean, deviation = norm.factor.double() * norm.mean + norm.shift, (norm.factor.double() * norm.deviation).abs()
+    return mean, deviation, torch.full_like(mean, -torch.inf)
+
+
+def _moments(values: Sequence[Tensor], axis: int) -> tuple[Tensor, Tensor, Tensor]:
     flat = [value.detach().movedim(axis, 0).flatten(1) for value in values]
     count = sum(value.shape[1] for value in flat)
     mean = torch.stack([value.double().sum(1) for value in flat]).sum(0) / count
     square = torch.stack([(value.double() - mean[:, None]).square().sum(1) for value in flat]).sum(0) / count
-    return mean, square.sqrt()
+    return mean, square.sqrt(), torch.stack([value.amin(1) for value in flat]).amin(0).double()
 
 
 def _why_not(link: Link) -> str | None:

@@ -155,7 +155,14 @@ def test_equalization_on_a_network_of_ones_own(tmp_path: Path) -> None:
     done = run("12_equalization.py", str(tmp_path), "--networks", "cifar10_resnet20", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     ways = {line.split("|")[2].strip() for line in done.stdout.splitlines() if line.startswith("| W8A8")}
-    assert ways == {"ranges", "equalized", "equalized, absorbed", "bias", "equalized, absorbed, bias"}
+    assert ways == {
+        "ranges",
+        "equalized",
+        "equalized, absorbed by batch norms",
+        "equalized, absorbed by images",
+        "bias",
+        "equalized, absorbed by images, bias",
+    }
     assert len((tmp_path / "out" / "equalization.jsonl").read_text().splitlines()) == len(ways)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from nets import NETS, Net, apply, classes, images, make, prepared, scrambled
@@ -91,12 +93,36 @@ def test_images_instead_of_norms():
     by_norm, _ = apply(gm, AbsorbHighBias())
     by_images, log = apply(gm, AbsorbHighBias(batches))
     assert log.notes[0] == "moments over 64 images"
-    torch.testing.assert_close(by_images.get_parameter("0.bias"), by_norm.get_parameter("0.bias"), rtol=1e-3, atol=1e-3)
+    moved, expected = (gm.get_parameter("0.bias") - new.get_parameter("0.bias") for new in (by_images, by_norm))
+    with torch.no_grad():
+        least = gm.get_submodule("0")(images(64, DOUBLE)).amin((0, 2, 3)).clamp_min(0)
+    torch.testing.assert_close(moved, torch.minimum(expected, least), rtol=1e-3, atol=1e-3)
+    assert (moved > 0).any() and (moved < expected - 0.1).any(), "the least value decides in some channels"
     assert not AbsorbHighBias(batches)(by_images).modified
     gm.meta.pop(NORMS)
     new, log = apply(gm, AbsorbHighBias())
     assert new is gm
     assert log.skipped[0] == ("0", "nothing is known of its outputs: no batch norm was folded into it, and there are no images")
+
+
+@pytest.mark.parametrize("equalized", [False, True])
+@pytest.mark.parametrize("act", RELUS)
+def test_outputs_for_the_images_stay_equal(act, equalized):
+    gm = pair(RELUS[act]())
+    batches = list(images(64, DOUBLE).split(16))
+    new, log = apply(gm, *[EqualizeChannels()] * equalized, AbsorbHighBias(batches))
+    assert log.count == 1
+    torch.testing.assert_close(outputs(gm), outputs(new), rtol=1e-9, atol=1e-9)
+
+
+def test_a_norm_may_remember_what_its_layer_does_not_do():
+    gm = pair(nn.ReLU())
+    norm = gm.meta[NORMS]["0"]
+    gm.meta[NORMS] = {"0": replace(norm, shift=norm.shift + 5)}
+    wrong, _ = apply(gm, AbsorbHighBias())
+    right, _ = apply(gm, AbsorbHighBias(list(images(64, DOUBLE).split(16))))
+    assert (outputs(gm) - outputs(wrong)).abs().max() > 1
+    torch.testing.assert_close(outputs(gm), outputs(right), rtol=1e-9, atol=1e-9)
 
 
 def test_more_deviations_move_less():
