@@ -20,14 +20,15 @@ from torch import Tensor
 
 import fxquant
 from fxquant import cli_deploy, demo
+from fxquant.cli_words import bits, check_target, positive, read_overrides, read_recipe
 from fxquant.console import Narrator
 from fxquant.correction import logits_of
-from fxquant.errors import ConfigError, FxquantError, FxquantWarning
+from fxquant.errors import FxquantError, FxquantWarning
 from fxquant.folder import ImageFolder
 from fxquant.metrics import agreement, kl_divergence, top1
 from fxquant.networks import LIBRARIES, Network, build, load_weights, preprocessing
 from fxquant.placement import EDGES
-from fxquant.recipe import PRESETS, Recipe
+from fxquant.recipe import PRESETS
 from fxquant.reconstruction.checkpoint import FILE as CHECKPOINT
 
 RECIPES = f"{', '.join(PRESETS)}, or a TOML file"
@@ -199,55 +200,11 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def bits(word: str) -> int | None:
-    """Return ``"4"`` as 4 and ``"float"`` as None; the library checks the range."""
-    return None if word == "float" else int(word)
-
-
-def positive(word: str) -> int:
-    """Return a whole number above 0."""
-    if (number := int(word)) < 1:
-        raise argparse.ArgumentTypeError(f"{word} is not positive")
-    return number
-
-
-def read_recipe(word: str) -> Recipe:
-    """Return a recipe by name, or from a TOML file."""
-    if not word.endswith(".toml"):
-        return Recipe.named(word)
-    if not Path(word).is_file():
-        raise ConfigError("is no file", where=word, fix="Check the path of the recipe")
-    return Recipe.load(word)
-
-
-def read_overrides(words: Sequence[str]) -> dict[str, dict[str, int | None]]:
-    """Return ``["layer4.*:w=4,a=float"]`` as ``{"layer4.*": {"w": 4, "a": None}}``."""
-    overrides: dict[str, dict[str, int | None]] = {}
-    for word in words:
-        glob, _, pairs = word.rpartition(":")
-        try:
-            changes = {key: bits(value) for key, value in (pair.split("=") for pair in pairs.split(","))}
-        except ValueError:
-            changes = {}
-        if not glob or not changes or not changes.keys() <= {"w", "a"}:
-            raise ConfigError(
-                f"{word!r} is no override", where="--override", fix="Write GLOB:w=BITS,a=BITS, for example 'layer4.*:w=4,a=8'"
-            )
-        overrides[glob] = changes
-    return overrides
-
-
 def _network(options: argparse.Namespace, weights: str | None) -> Network:
     network = build(options.model, options.library, options.num_classes)
     if weights:
         load_weights(network.model, weights)
     return network
-
-
-def check_target(out: str) -> None:
-    """Say now what would otherwise be said after all the work."""
-    if not Path(out).resolve().parent.is_dir():
-        raise ConfigError("its folder does not exist", where=out, fix="Make it first")
 
 
 def _scores(logits: dict[str, Tensor], folder: ImageFolder) -> Table:

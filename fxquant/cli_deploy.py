@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 
 import fxquant
-from fxquant import cli
+from fxquant.cli_words import check_target, positive
 from fxquant.console import Narrator
 from fxquant.errors import ConfigError, FxquantWarning
 from fxquant.folder import ImageFolder
@@ -46,7 +46,7 @@ def add_commands(commands: Any, named: argparse.ArgumentParser, common: argparse
     target.add_argument("--pt2", metavar="OUT", help="a file of torch.export")
     command.add_argument("--clip", action="store_true", help="with --onnx: 8-bit integers behind a Clip, for older runtimes")
     command.add_argument("--data", metavar="FOLDER", help="compare on images from there (default: on random ones)")
-    command.add_argument("--images", type=cli.positive, default=16, metavar="N", help="with --data: how many (default: 16)")
+    command.add_argument("--images", type=positive, default=16, metavar="N", help="with --data: how many (default: 16)")
     command.set_defaults(run=run_export)
 
     command = commands.add_parser(
@@ -55,9 +55,9 @@ def add_commands(commands: Any, named: argparse.ArgumentParser, common: argparse
     command.add_argument("file", nargs="?", metavar="FILE", help="what fxquant quantize wrote (default: random weights, speed alone)")
     command.add_argument("--w", type=int, metavar="BITS", help="without FILE: bits of weights (default: 2)")
     command.add_argument("--a", type=int, metavar="BITS", help="without FILE: bits of activations (default: 2)")
-    command.add_argument("--batches", type=cli.positive, nargs="+", default=[1], metavar="N", help="images at once (default: 1)")
-    command.add_argument("--threads", type=cli.positive, nargs="+", metavar="N", help="(default: as torch is set)")
-    command.add_argument("--rounds", type=cli.positive, default=15, metavar="N", help="medians of so many calls each (default: 15)")
+    command.add_argument("--batches", type=positive, nargs="+", default=[1], metavar="N", help="images at once (default: 1)")
+    command.add_argument("--threads", type=positive, nargs="+", metavar="N", help="(default: as torch is set)")
+    command.add_argument("--rounds", type=positive, default=15, metavar="N", help="medians of so many calls each (default: 15)")
     command.add_argument("--plot", metavar="OUT", help="draw the table as OUT, .png or .svg (extra plots)")
     command.add_argument("--json", metavar="OUT", help="write the numbers to OUT")
     command.set_defaults(run=run_bench)
@@ -67,7 +67,7 @@ def run_export(options: argparse.Namespace) -> None:
     if options.clip and options.pt2:
         raise ConfigError("is a form of ONNX", where="--clip", fix="Use --onnx instead of --pt2, or leave --clip out")
     out = options.onnx or options.pt2
-    cli.check_target(out)
+    check_target(out)
     network, qmodel = _loaded(options)
     images = None
     if options.data:
@@ -93,7 +93,7 @@ def run_export(options: argparse.Namespace) -> None:
 
 def run_bench(options: argparse.Namespace) -> None:
     for out in filter(None, (options.plot, options.json)):
-        cli.check_target(out)
+        check_target(out)
     if options.plot:
         _require_matplotlib()
     network, qmodel = _loaded(options) if options.file else _random(options)

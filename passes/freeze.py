@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.deploy.moves import carried_grids
 from fxquant.graph import called, put_module
+from fxquant.grids import carried_grids
 from fxquant.passes.insert_fake_quant import InsertFakeQuant
 from fxquant.pipeline import Pass
 from fxquant.quantizers import UniformQuantizer

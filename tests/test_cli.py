@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import fxquant
-from fxquant import cli, folder, networks
+from fxquant import cli, cli_words, folder, networks
 from fxquant.errors import CalibrationError, ConfigError, StorageError
 from fxquant.recipe import PRESETS
 from fxquant.reconstruction.keeper import Keeper
@@ -200,7 +200,7 @@ def test_cat_settings() -> None:
 
 
 def test_overrides_keep_their_order() -> None:
-    assert cli.read_overrides(["layer4.*:w=4,a=8", "fc:a=float"]) == {"layer4.*": {"w": 4, "a": 8}, "fc": {"a": None}}
+    assert cli_words.read_overrides(["layer4.*:w=4,a=8", "fc:a=float"]) == {"layer4.*": {"w": 4, "a": 8}, "fc": {"a": None}}
 
 
 def test_libraries() -> None:

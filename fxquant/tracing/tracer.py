@@ -362,9 +362,9 @@ def _keeps_form(module: nn.Module, args: tuple[Any, ...]) -> bool:
         return False
     assert isinstance(module, nn.modules.batchnorm._BatchNorm)
     mean, value = module.running_mean, args[0]
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    ordinary = mean is not None and not module.training and not hooked and value.dim() in _NORM_DIMS[type(module)]
-    return ordinary and value.dtype == mean.dtype and value.device == mean.device and value.shape[1] == module.num_features
+    if mean is None or module.training or module._forward_hooks or module._forward_pre_hooks or value.dim() not in _NORM_DIMS[type(module)]:
+        return False
+    return value.dtype == mean.dtype and value.device == mean.device and value.shape[1] == module.num_features
 
 
 def _name(func: Callable[..., Any]) -> str:
