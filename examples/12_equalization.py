@@ -36,9 +36,9 @@ WAYS: dict[str, tuple[tuple[str, ...], fxquant.Recipe]] = {
     "ranges": ((), RANGES),
     "equalized": (("equalize",), RANGES),
     "equalized, absorbed by batch norms": (("equalize", "absorb by batch norms"), RANGES),
-    "equalized, absorbed by images": (("equalize", "absorb by images"), RANGES),
+    f"equalized, absorbed by {IMAGES} images": (("equalize", "absorb by images"), RANGES),
     "bias": ((), BIAS),
-    "equalized, absorbed by images, bias": (("equalize", "absorb by images"), BIAS),
+    f"equalized, absorbed by {IMAGES} images, bias": (("equalize", "absorb by images"), BIAS),
 }
 """Passes in front of the quantization, and the recipe of it."""
 

@@ -200,8 +200,8 @@ def check_seed(seed: object) -> int:
 def repeatable(seed: int, loader: object = None) -> Iterator[None]:
     """Let what is inside the block come out the same every time, as `seeded`, with gradients wherever the caller stands.
 
-    On a GPU, convolutions take algorithms that give the same bits every time; a few other operations there have none (the gradient of
-    `adaptive_avg_pool2d` is one).
+    On a GPU, convolutions are told to take algorithms that give the same bits every time; a few other operations there have none (the
+    gradient of `adaptive_avg_pool2d` to more than one position is one).
     """
     cudnn = torch.backends.cudnn
     chosen = cudnn.deterministic, cudnn.benchmark

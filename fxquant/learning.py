@@ -46,8 +46,9 @@ def learning_passes(
         )
         need = peak_need(teacher, units, count, share, fisher, corrected)
         over = "" if need <= recipe.memory_gib * 2**30 else "; the rest goes to disk (memory_gib sets the budget)"
+        first = "what fits on the GPU first, then " if device.type == "cuda" else ""
         learned = sum(1 for unit in units if unit.layers)
-        text = f"{gib(need)} for {count} images in front of {learned} units, {gib(recipe.memory_gib * 2**30)} may be in host memory"
+        text = f"{gib(need)} for {count} images in front of {learned} units, {first}{gib(recipe.memory_gib * 2**30)} may be in host memory"
         narrator.line("cache", text + over)
     passes: list[Pass] = []
     for stage in stages:

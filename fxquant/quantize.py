@@ -63,7 +63,7 @@ def quantize(
         edges: ``"8bit"``: first and last weights and the last layer's input at 8 bits; ``"integer"``: the images too, so
             that all layers can run on integers; ``"brecq"``: the first layer's output too; ``"same"``; ``"float"``.
         overrides: bits of single layers by glob over their names, ``{"layer4.*": {"w": 4}}``.
-        seed: same seed and loader, bit-identical result.
+        seed: same seed and loader, bit-identical result (on a GPU where its operations repeat).
         device: where to work and where the result is; None: where the model's weights are.
         progress: print a line a pass and a bar a long stage.
         checkpoint: a folder, new or without a checkpoint, that always holds where the learning stages are; emptied when the run is

@@ -79,7 +79,7 @@ class Recipe:
     """Most codes of an output that each refinement of the rounding flips (ERQ)."""
     memory_gib: float = 2.0
     """Budget for activations held at once, in GiB: bias correction takes fewer images, the cache of the units moves on into a memory-mapped
-    file. What that cache has on a GPU, of which it leaves a quarter free, is not counted."""
+    file. What that cache has on a GPU is not counted: it leaves a quarter of it free there, and at least twice this budget."""
     cache_dtype: str = "same"
     """How the cache of the units stores activations: ``"same"`` (as they are) or ``"bfloat16"`` (half the bytes)."""
     precision: str = "float32"

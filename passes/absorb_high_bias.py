@@ -19,8 +19,8 @@ from fxquant.pipeline import Pass
 from fxquant.reconstruction.norms import NORMS, FoldedNorm
 
 Moments = dict[str, tuple[Tensor, Tensor, Tensor]]
-"""Mean, deviation and least value (minus infinity where nothing is known of it) of each output channel of a layer, float64 ``[C]``, by the
-path of the layer."""
+"""Mean, deviation and least value (infinity where nothing is known of it) of each output channel of a layer, float64 ``[C]``, by the path
+of the layer."""
 
 
 class AbsorbHighBias(Pass):
@@ -85,22 +85,21 @@ class AbsorbHighBias(Pass):
         found = {}
         for node, values in self.track(sweep(gm, self.batches), "absorb high bias", len(gm.graph.nodes)):
             if is_layer(node):
-                found[str(node.target)] = _moments(values, -1 if kind(node) == "linear" else 1)
+                found[str(node.target)] = _of_values(values, -1 if kind(node) == "linear" else 1)
         return found
 
     def _part(self, mean: Tensor, deviation: Tensor, least: Tensor) -> Tensor:
-        part = mean - self.deviations * deviation
-        part = torch.where(least.isfinite(), torch.minimum(part, least), part)
+        part = torch.minimum(mean - self.deviations * deviation, least)
         # What rounding leaves of a part that has been moved already does not count.
         return torch.where(part > 1e-4 * (mean.abs() + deviation), part, 0.0)
 
 
 def _of_norm(norm: FoldedNorm) -> tuple[Tensor, Tensor, Tensor]:
     mean, deviation = norm.factor.double() * norm.mean + norm.shift, (norm.factor.double() * norm.deviation).abs()
-    return mean, deviation, torch.full_like(mean, -torch.inf)
+    return mean, deviation, torch.full_like(mean, torch.inf)
 
 
-def _moments(values: Sequence[Tensor], axis: int) -> tuple[Tensor, Tensor, Tensor]:
+def _of_values(values: Sequence[Tensor], axis: int) -> tuple[Tensor, Tensor, Tensor]:
     flat = [value.detach().movedim(axis, 0).flatten(1) for value in values]
     count = sum(value.shape[1] for value in flat)
     mean = torch.stack([value.double().sum(1) for value in flat]).sum(0) / count

@@ -8,9 +8,9 @@ from typing import Protocol
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from fxquant.deploy.between import copy_on_bytes, cut_of, pooled_bytes, terms_of
 from fxquant.deploy.bytes import Dequantize, Quantize, ToFloat32
 from fxquant.deploy.integers import Grid, IntegerLayer, integer_layer
-from fxquant.deploy.moves import copy_on_bytes, cut_of, pooled_bytes, terms_of
 from fxquant.deploy.pooled import PooledIntegerLayer
 from fxquant.graph import called, free_path, insert_behind, is_tensor, module_of, put_module
 from fxquant.grids import carried_grids

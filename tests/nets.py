@@ -276,9 +276,13 @@ def traced(net: nn.Module | str) -> GraphModule:
     return trace(make(net) if isinstance(net, str) else scrambled(net), images())
 
 
-@functools.cache
 def once_traced(name: str, dtype: torch.dtype = torch.float32) -> GraphModule:
     """Return the graph of a tiny net, traced once: a pass or `quantize` makes a copy of it."""
+    return _once_traced(name, dtype)
+
+
+@functools.cache
+def _once_traced(name: str, dtype: torch.dtype) -> GraphModule:
     return trace(make(name).to(dtype), images(dtype=dtype))
 
 

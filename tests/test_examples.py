@@ -159,9 +159,9 @@ def test_equalization_on_a_network_of_ones_own(tmp_path: Path) -> None:
         "ranges",
         "equalized",
         "equalized, absorbed by batch norms",
-        "equalized, absorbed by images",
+        "equalized, absorbed by 128 images",
         "bias",
-        "equalized, absorbed by images, bias",
+        "equalized, absorbed by 128 images, bias",
     }
     assert len((tmp_path / "out" / "equalization.jsonl").read_text().splitlines()) == len(ways)
 

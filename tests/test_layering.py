@@ -22,6 +22,7 @@ PRIVATE = {
     "torch._C": "tracing: DisableTorchFunction, which keeps a module call from being recorded twice",
     "torch._assert": "a function that traced networks call; it is recognized, not used",
     "torch._dispatch": "tracing: keeps the batch size symbolic through operations that are only decomposed in Python",
+    "torch._prims_common": "tracing: the memory order in which batch norms allocate",
     "torch._subclasses": "tracing: fake tensors, on which shape control flow resolves",
     "torch.fx.experimental": "tracing: the shape environment that keeps the batch size symbolic",
     "torch.nn.modules.batchnorm": "_BatchNorm, the base class of all batch norms; torch names no public one",

@@ -51,7 +51,7 @@ class Store:
     Args:
         count: calibration images, the rows of every tensor.
         device: where `rows` and `batches` are wanted.
-        budget: bytes that may be held in host memory; of a GPU, a quarter stays free.
+        budget: bytes that may be held in host memory; of a GPU, a quarter stays free, and at least twice the budget.
         dtype: what wider floating point tensors are stored as, such as ``torch.bfloat16``; None: everything as it is.
         folder: for the files; None: that of temporary files (the environment variable TMPDIR).
     """
@@ -168,7 +168,7 @@ class Store:
 
     def _allocate(self, name: str, shape: list[int], dtype: torch.dtype) -> tuple[Tensor, str]:
         size = math.prod(shape) * dtype.itemsize
-        if self.device.type == "cuda" and size <= _room(self.device):
+        if self.device.type == "cuda" and size <= _room(self.device, self.budget):
             with contextlib.suppress(torch.OutOfMemoryError):  # what is free may be in pieces
                 return torch.empty(shape, dtype=dtype, device=self.device), "device"
         if self.memory + size > self.budget:
@@ -191,11 +191,14 @@ class Store:
             ) from error
 
 
-def _room(device: torch.device) -> float:
-    """Return the bytes that a tensor may take on a GPU so that a quarter of it stays free; what torch keeps for reuse counts as free."""
+def _room(device: torch.device, budget: float) -> float:
+    """Return the bytes that a tensor may take on a GPU so that a quarter of it and twice the budget stay free for the learning itself.
+
+    What torch keeps for reuse counts as free.
+    """
     free, total = torch.cuda.mem_get_info(device)
     reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + reusable - total / 4
+    return free + reusable - max(total / 4, 2 * budget)
 
 
 def _reserve(file: int, size: int, folder: Path) -> None:

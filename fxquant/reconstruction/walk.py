@@ -89,7 +89,8 @@ class Walk:
 
     Args:
         teacher: the float graph.
-        student: the quantized graph; its modules may be replaced while a unit is visited, and the new ones are what is run.
+        student: the quantized graph; its modules may be replaced while a unit is visited, and the new ones are what is run. Or `teacher`
+            itself, where nothing is learned: then all inputs are float.
         units: a partition of `teacher`.
         images: calibration images, in order.
         store: where activations are kept.

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
@@ -169,7 +170,7 @@ class ValueTracer(torch.fx.Tracer):
         try:
             with self._inside_torch():
                 try:
-                    return torch.empty_like(args[0]) if _keeps_form(module, args) else runnable(*args, **kwargs)
+                    return _like(args[0]) if _keeps_form(module, args, kwargs) else runnable(*args, **kwargs)
                 except Exception:
                     if not unknown:
                         raise
@@ -356,15 +357,20 @@ def _module_calls(tracer: ValueTracer) -> Iterator[None]:
         nn.Module.__call__ = original  # type: ignore[method-assign]
 
 
-def _keeps_form(module: nn.Module, args: tuple[Any, ...]) -> bool:
+def _keeps_form(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Say whether `module` is a batch norm that gives a new tensor like its input; fake tensors would take it apart, at 30 ms each."""
-    if type(module) not in _NORM_DIMS or len(args) != 1 or not isinstance(args[0], Tensor):
+    if type(module) not in _NORM_DIMS or "forward" in vars(module) or len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
         return False
     assert isinstance(module, nn.modules.batchnorm._BatchNorm)
     mean, value = module.running_mean, args[0]
     if mean is None or module.training or module._forward_hooks or module._forward_pre_hooks or value.dim() not in _NORM_DIMS[type(module)]:
         return False
-    return value.dtype == mean.dtype and value.device == mean.device and value.shape[1] == module.num_features
+    return value.dtype == mean.dtype and value.device == mean.device and value.shape[1] == len(mean)
+
+
+def _like(value: Tensor) -> Tensor:
+    """Return a tensor such as elementwise operations allocate for `value`: of its shape, channels last where those are, else contiguous."""
+    return torch.empty_like(value, memory_format=suggest_memory_format(value))
 
 
 def _name(func: Callable[..., Any]) -> str:

@@ -355,11 +355,15 @@ class FakeCuda:
 
 
 @pytest.mark.parametrize(
-    ("free", "kept", "place"), [(124, 0, "device"), (123, 0, "host"), (100, 24, "device"), (100, 23, "host"), (400, 0, "device")]
+    ("free", "kept", "budget", "place"),
+    [
+        *((124, 0, 30, "device"), (123, 0, 30, "host"), (100, 24, 30, "device"), (100, 23, 30, "host"), (400, 0, 30, "device")),
+        *((224, 0, 100, "device"), (223, 0, 100, "host")),
+    ],
 )
-def test_a_quarter_of_the_gpu_stays_free(monkeypatch, free, kept, place):
+def test_a_quarter_of_the_gpu_and_twice_the_budget_stay_free(monkeypatch, free, kept, budget, place):
     FakeCuda(monkeypatch, free, 400, kept)
-    store = Store(6, torch.device("cuda", 0), 1000)
+    store = Store(6, torch.device("cuda", 0), budget)
     store.put("x", [torch.zeros(6)])
     assert store.places == {"x": place}
 
@@ -392,7 +396,7 @@ def test_on_a_gpu(dtype, monkeypatch):
     value = torch.randn(6, 50).bfloat16().float()
     store = Store(6, device, 2 * 6 * 50 * (4 if dtype is None else 2), dtype)
     store.put("device", value.split(4))
-    monkeypatch.setattr(module, "_room", lambda device: 0)
+    monkeypatch.setattr(module, "_room", lambda device, budget: 0)
     store.put("host", value.to(device).split(4))
     store.put("disk", value.to(device).split(4))
     assert store.places == {name: name for name in ("device", "host", "disk")}

@@ -466,6 +466,24 @@ def test_values_of_batch_norms_have_the_form_of_true_ones(norm: nn.Module, examp
     assert (traced.shape[1:], traced.dtype, traced.stride()[1:]) == (true.shape[1:], true.dtype, true.stride()[1:])
 
 
+def test_a_batch_norm_of_a_transposed_tensor_is_contiguous() -> None:
+    model = net(lambda self, x: self.norm(x.flatten(2).transpose(1, 2)).view(x.shape[0], -1), norm=nn.BatchNorm1d(64))
+    check(model, tolerance=1e-6)
+    check(net(lambda self, x: self.norm(x.transpose(2, 3)).view(x.shape[0], -1), norm=nn.BatchNorm2d(4)), tolerance=1e-6)
+
+
+def test_a_batch_norm_with_a_forward_of_its_own_is_run() -> None:
+    norm = nn.BatchNorm2d(4)
+    norm.forward = lambda x: torch.cat([x, x], 1)  # type: ignore[method-assign]
+    graph_module = check(net(lambda self, x: self.norm(x), norm=norm))
+    assert next(node.meta["val"].shape[1] for node in graph_module.graph.nodes if node.target == "norm") == 8
+
+
+def test_a_batch_norm_called_with_more_than_its_input() -> None:
+    with pytest.raises(TraceError, match=r"^norm \(BatchNorm2d\).*mask"):
+        trace(net(lambda self, x: self.norm(x, mask=None), norm=nn.BatchNorm2d(4)), IMAGES)
+
+
 @pytest.mark.parametrize(
     ("norm", "example"),
     [(nn.BatchNorm2d(6), torch.zeros(4, 5, 4, 4)), (nn.BatchNorm2d(6), torch.zeros(4, 6)), (nn.BatchNorm1d(6), torch.zeros(4, 6, 5, 5))],

@@ -1,4 +1,4 @@
-"""What a lowered graph needs to know of the operations between layers: which cut values, which add two tensors, which pool maps."""
+"""What lowering asks of the operations between layers: what they cut, which tensors they add or pool, and what they are on bytes."""
 
 from __future__ import annotations
 
