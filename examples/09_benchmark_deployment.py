@@ -4,6 +4,7 @@
     python examples/09_benchmark_deployment.py
     python examples/09_benchmark_deployment.py --networks mobilenet_v2 --bits W2A2 --batches 1 --threads 1 --rounds 3 --skip-sizes
     python examples/09_benchmark_deployment.py --networks resnet18 resnet50 --out deployment
+    python examples/09_benchmark_deployment.py --batches
 
 Weights are random, and batch norms random with the statistics of random images: neither speed nor size depends on accuracy. All columns
 of a row take turns, so that a busy machine slows all of them; times are medians. Each row is appended to OUT/runs.jsonl as soon as it is
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=NETWORKS, metavar="NAME", help=f"(default: {' '.join(NETWORKS)})")
     parser.add_argument("--bits", nargs="+", default=["W2A2", "W8A8"], metavar="WxAy", help="(default: W2A2 W8A8)")
     parser.add_argument("--edges", default="integer", choices=EDGES, help="integer: the images at 8 bits, as peers have them (default)")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], metavar="N", help="(default: 1 8 32)")
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32], metavar="N", help="(default: 1 8 32; none: sizes alone)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N", help="(default: 1 2)")
     parser.add_argument("--rounds", type=int, default=15, help="(default: 15)")
     parser.add_argument("--skip-peers", action="store_true", help="leave out onnxruntime and torchao")
