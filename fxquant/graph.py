@@ -89,6 +89,13 @@ def fork(gm: GraphModule) -> GraphModule:
     return new
 
 
+def deep_copy(gm: GraphModule) -> GraphModule:
+    """Return a copy that shares nothing with `gm`, under the class name that ``copy.deepcopy`` forgets."""
+    new = copy.deepcopy(gm)
+    new.__class__.__name__ = type(gm).__name__  # each GraphModule has a class of its own
+    return new
+
+
 def device_of(gm: GraphModule) -> torch.device | None:
     """Return the device of the first parameter or buffer, or None when there is none."""
     return next((value.device for values in (gm.parameters(), gm.buffers()) for value in values), None)

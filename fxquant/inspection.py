@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.errors import CalibrationError, ConfigError, ModelError, TraceError
-from fxquant.graph import is_traced
+from fxquant.graph import deep_copy, is_traced
 from fxquant.quantizers import UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
 from fxquant.tracing import trace
@@ -90,7 +90,7 @@ def traced(model: nn.Module, images: Tensor) -> GraphModule:
                 fix="Call fxquant.trace with one of these images",
             )
         _check_buffers(model, images)
-        return copy.deepcopy(model).eval()
+        return deep_copy(model).eval()
     try:
         graph = trace(model, images)
     except TraceError:

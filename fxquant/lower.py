@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from fxquant.deploy import cpu, cuda
 from fxquant.errors import ConfigError, FxquantWarning, ModelError, one_of
-from fxquant.graph import device_of
+from fxquant.graph import deep_copy, device_of
 from fxquant.passes import LowerInteger
 from fxquant.passes.lower_integer import Backend
 from fxquant.pipeline import Pipeline
@@ -57,7 +57,7 @@ def lower(qmodel: nn.Module, backend: str = "cpu") -> GraphModule:
         return gm
     device = device_of(gm)
     if device is not None and device.type != backend:
-        gm = copy.deepcopy(gm).to(backend)
+        gm = deep_copy(gm).to(backend)
     engine: Backend = cpu.CpuBackend() if backend == "cpu" else cuda.CudaBackend()
     lowering = LowerInteger(engine)
     lowered = Pipeline([lowering]).run(gm)

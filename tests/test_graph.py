@@ -19,6 +19,7 @@ from fxquant.graph import (
     called,
     clean,
     constant_of,
+    deep_copy,
     fingerprint,
     fork,
     free_path,
@@ -183,6 +184,15 @@ def test_fork_shares_leaves_and_isolates_edits():
     assert isinstance(gm.layers.get_submodule("0.conv1"), nn.Conv2d)
     assert not hasattr(gm.layers.get_submodule("0"), "extra")
     assert torch.equal(gm(images()), out)
+
+
+def test_deep_copy_shares_nothing_and_keeps_the_name():
+    gm = traced("chain")
+    new = deep_copy(gm)
+    assert type(new).__name__ == type(gm).__name__ == "Sequential" and type(new) is not type(gm)
+    mine, theirs = dict(gm.state_dict()), dict(new.state_dict())
+    assert all(torch.equal(value, theirs[name]) and value.data_ptr() != theirs[name].data_ptr() for name, value in mine.items())
+    assert str(new.graph) == str(gm.graph) and new.graph is not gm.graph
 
 
 def test_fork_keeps_what_the_model_knows_about_itself():

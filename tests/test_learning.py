@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import nets
 import numpy as np
@@ -54,7 +55,15 @@ ONE = {stage: Recipe(name=stage, stages=("ranges", stage), **SIMPLE, **RATES) fo
 CPU = torch.device("cpu")
 
 
+GRAPHS: WeakKeyDictionary[nn.Module, GraphModule] = WeakKeyDictionary()
+"""The graphs of networks that are quantized again and again, none of which changes meanwhile: tracing takes longer than such a run."""
+
+
 def quantize(model: nn.Module, loader: Any, *args: Any, **options: Any) -> GraphModule:
+    if isinstance(loader, list) and loader and isinstance(loader[0], torch.Tensor) and not isinstance(model, GraphModule):
+        if model not in GRAPHS:
+            GRAPHS[model] = fxquant.trace(model, loader[0])
+        model = GRAPHS[model]
     return fxquant.quantize(model, loader, *args, **{"progress": False, "cat": False, "recipe": ALL, **options})
 
 

@@ -212,6 +212,7 @@ def test_a_traced_network(net, images, untouched):
     with untouched(traced):
         quantized = quantize(traced, images)
     assert same_state(quantized, quantize(net, images))
+    assert type(quantized).__name__ == type(traced).__name__ == type(net).__name__
     assert torch.equal(traced(images[0]), net(images[0]))
 
 
