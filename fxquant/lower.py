@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.deploy import cpu, cuda
+from fxquant.deploy.bytes import cast_images
 from fxquant.errors import ConfigError, FxquantWarning, ModelError, one_of
 from fxquant.graph import deep_copy, device_of
 from fxquant.passes import LowerInteger
@@ -54,7 +55,10 @@ def lower(qmodel: nn.Module, backend: str = "cpu") -> GraphModule:
     reason = cpu.unavailable() if backend == "cpu" else cuda.unavailable()
     if reason is not None:
         warnings.warn(f"backend {backend!r}: the simulation comes back, in floats: {reason}.", FxquantWarning, stacklevel=2)
-        return gm
+        gm = deep_copy(gm)
+        cast_images(gm)
+        record.attach(gm)
+        return gm.eval()
     device = device_of(gm)
     if device is not None and device.type != backend:
         gm = deep_copy(gm).to(backend)

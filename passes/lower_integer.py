@@ -9,10 +9,10 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.deploy.between import copy_on_bytes, cut_of, pooled_bytes, terms_of
-from fxquant.deploy.bytes import Dequantize, Quantize, ToFloat32
+from fxquant.deploy.bytes import Dequantize, Quantize, cast_images
 from fxquant.deploy.integers import Grid, IntegerLayer, integer_layer
 from fxquant.deploy.pooled import PooledIntegerLayer
-from fxquant.graph import called, free_path, insert_behind, is_tensor, module_of, put_module
+from fxquant.graph import called, free_path, is_tensor, module_of, put_module
 from fxquant.grids import carried_grids
 from fxquant.kinds import QUANTIZED, WEIGHTED, kind
 from fxquant.passes.append_cat import AppendCAT
@@ -86,11 +86,7 @@ class LowerInteger(Pass):
             elif node in self.layers and node not in fused:
                 self._lower(node)
         if self.log.count:
-            for node in gm.graph.find_nodes(op="placeholder"):
-                if is_tensor(node) and node.users:
-                    path = free_path(gm, "to_float32")
-                    put_module(gm, path, ToFloat32())
-                    insert_behind(node, path)
+            cast_images(gm)
 
     def _integers(self, node: Node) -> IntegerLayer | None:
         """Return a layer that reads bytes, or their global means, as integers; otherwise note why it is none."""

@@ -192,6 +192,10 @@ def test_a_machine_that_cannot_keeps_the_simulation(simulation, backend, monkeyp
     with pytest.warns(FxquantWarning, match="the simulation comes back, in floats: it is a toaster"):
         lowered = fxquant.lower(simulation, backend)
     assert torch.equal(lowered(small_images(3)), simulation(small_images(3)))
+    assert lowered is not simulation and not lowered.training
+    assert str(fxquant.report(lowered)) == str(fxquant.report(simulation))
+    halves = small_images(3).bfloat16()
+    assert torch.equal(lowered(halves), simulation(halves.float()))
 
 
 def test_module_wrappers_are_seen_through(simulation):

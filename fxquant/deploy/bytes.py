@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from fxquant.deploy.integers import Grid
+from fxquant.graph import free_path, insert_behind, is_tensor, put_module
 
 
 class _Boundary(nn.Module):
@@ -59,3 +61,13 @@ class ToFloat32(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return images.float()
+
+
+def cast_images(gm: GraphModule) -> None:
+    """Let `gm` take images in half precision: they become float32 before anything else."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if is_tensor(node) and node.users:
+            path = free_path(gm, "to_float32")
+            put_module(gm, path, ToFloat32())
+            insert_behind(node, path)
+    gm.recompile()

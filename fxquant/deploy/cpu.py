@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from fxquant.deploy.integers import Grid, IntegerLayer
+from fxquant.deploy.integers import Grid, IntegerLayer, overflow
 
 _OPS = ("qconv_prepack", "qconv_pointwise", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise")
 
@@ -152,7 +152,7 @@ class CpuBackend:
         """Say why `layer` cannot run here, or return None."""
         if residual is not None and (layer.is_linear or layer.output is None):
             return "only convolutions that give bytes add a residual"
-        return None
+        return overflow(layer)
 
     def build(self, layer: IntegerLayer, residual: Grid | None = None) -> nn.Module:
         """Return the module that computes `layer`."""

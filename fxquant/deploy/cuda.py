@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxquant.deploy.cuda_ops import check, int8_conv2d, int8_depthwise_conv2d, kernels_module
-from fxquant.deploy.integers import Grid, IntegerLayer
+from fxquant.deploy.integers import Grid, IntegerLayer, overflow
 from fxquant.errors import ConfigError
 
 # torch._int_mm on CUDA takes no fewer rows than this, and sides of whole multiples only.
@@ -76,10 +76,7 @@ def _layer_refusal(layer: IntegerLayer) -> str | None:
             return f"its {name} runs over {grid.low}..{grid.high}, which is not a range of bytes"
     if not 0 <= layer.input.zero_point <= 255:
         return f"the zero-point of its input, {layer.input.zero_point}, is no byte that padding could be filled with"
-    largest = 255 * int(weight.flatten(1).long().abs().sum(1).max())
-    if largest >= 2**31:
-        return f"a sum may reach {largest}, which does not fit into 32 bits"
-    return None
+    return overflow(layer)
 
 
 def weight_width(layer: IntegerLayer) -> int:

@@ -142,6 +142,12 @@ def integer_layer(layer: nn.Module, incoming: Grid, shape: tuple[int, ...] | Non
     return IntegerLayer(weight.to(torch.int8), scale.clone(), bias, incoming, shape=shape, **geometry)
 
 
+def overflow(layer: IntegerLayer) -> str | None:
+    """Say why sums of `layer` may not fit int32, in which processors of all kinds add up products of bytes, or return None."""
+    largest = 255 * int(layer.weight.flatten(1).long().abs().sum(1).max())
+    return f"a sum may reach {largest}, which does not fit into 32 bits" if largest >= 2**31 else None
+
+
 def _padding(layer: nn.Conv2d) -> tuple[int, int] | None:
     if layer.padding_mode != "zeros":
         return None

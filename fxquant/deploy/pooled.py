@@ -15,8 +15,8 @@ class PooledIntegerLayer(nn.Module):
 
         mean = S / n,  S = 256 h + l:    sum w (S / n - z)  =  (256 (w . h) + w . l) / n  -  z sum w
 
-    The sums S of up to 257 bytes fit two bytes, those of larger maps three; the products of all of them are one product of bytes, of two or
-    three times the rows.
+    The sums S of up to 257 bytes fit two bytes, those of larger maps three or four; the products of all of them are one product of bytes,
+    of so many times the rows.
 
     Args:
         layer: what it computes; gives float32.
@@ -38,7 +38,7 @@ class PooledIntegerLayer(nn.Module):
         """Return float32 for bytes ``[N, C, H, W]``."""
         count = codes.shape[2] * codes.shape[3]
         sums = codes.sum((2, 3), dtype=torch.int32)
-        shifts = (8, 0) if count <= 257 else (16, 8, 0)
+        shifts = (8, 0) if count <= 257 else (16, 8, 0) if count <= 65_793 else (24, 16, 8, 0)
         parts = self.product(torch.cat([(sums >> shift) & 255 for shift in shifts]).to(torch.uint8)).chunk(len(shifts))
         y = sum(part * (2**shift / count) for part, shift in zip(parts, shifts, strict=True)) + self.offset
         return y[:, :, None, None] if self.keep else y

@@ -172,9 +172,9 @@ def test_a_shape_given_for_packing_changes_nothing():
 
 @needs_vnni
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("side", [1, 7, 16, 17, 40])
+@pytest.mark.parametrize("side", [1, 7, 16, 17, 40, 256, 257, 300])
 def test_means_of_bytes(side, keep):
-    """Maps of more than 257 pixels have sums that do not fit two bytes; all of 255 are the largest there are."""
+    """Maps of more than 257 pixels have sums that do not fit two bytes, those of more than 65,793 not three; all of 255 are the largest."""
     layer = random_layer(4, 10, 16, 1, input=Grid(0.3, 17))
     module = PooledIntegerLayer(layer, keep, cpu.CpuBackend().build)
     for codes in (random_bytes(1, 2, 16, side, side, grid=layer.input), torch.full((2, 16, side, side), 255, dtype=torch.uint8)):
