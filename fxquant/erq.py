@@ -31,11 +31,12 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fxquant.quantizers.affine import UniformQuantizer
 from fxquant.quantizers.dual import DualQuantizer
@@ -91,6 +92,40 @@ def ridge(gram: Gram, weight: Tensor, share: float) -> Tensor:
     """Aqer: return ``weight [outputs, inputs + 1]`` moved to the ridge optimum around itself; never a larger error than before."""
     factor = _factor(gram.a, share * _mean_square(gram.a))
     return weight + torch.cholesky_solve(gram.b - gram.a @ weight.T, factor).T
+
+
+def sums_of_halves(
+    layer: nn.Module, axis: int, read: Sequence[Tensor], wanted: Sequence[Tensor], sizes: Sequence[int]
+) -> tuple[Gram, Gram]:
+    """Return the sums over every second image, and over the others; of a single image: over its tokens.
+
+    Args:
+        axis: along which the images of a batch lie, each with as many rows as the next (the windows of an image, say).
+        sizes: images in each batch.
+    """
+    assert isinstance(layer.weight, Tensor)
+    inputs, outputs = layer.weight[0].numel(), len(layer.weight)
+    folds = Gram.empty(inputs, outputs, layer.weight.device), Gram.empty(inputs, outputs, layer.weight.device)
+    first, single = 0, sum(sizes) == 1
+    for x, y, images in zip(read, wanted, sizes, strict=True):
+        x, y = x.movedim(axis, 0), y.movedim(axis, 0)
+        owner = first + torch.arange(len(x), device=x.device) * images // len(x)
+        for start, fold in enumerate(folds):
+            rows = slice(None) if single else owner % 2 == start
+            for some, its in _tokens(layer, x[rows], y[rows]):
+                fold.add(*((some[start::2], its[start::2]) if single else (some, its)))
+        first += images
+    return folds
+
+
+def _tokens(layer: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what goes in and comes out as tokens ``[n, inputs]`` and ``[n, outputs]``."""
+    if isinstance(layer, nn.Linear):
+        yield x.flatten(0, -2), y.flatten(0, -2)
+        return
+    for image, its in zip(x, y, strict=True):
+        columns = F.unfold(image[None], layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+        yield columns[0].T, its.flatten(1).T
 
 
 def search_ridge(folds: Sequence[Gram], weight: Tensor, shares: Sequence[float] = SHARES) -> float | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.erq import Gram, gram_bytes, ridge, round_compensated, search_ridge
+from fxquant.erq import Gram, gram_bytes, ridge, round_compensated, search_ridge, sums_of_halves
 from fxquant.execution import Values, last_readers, sweep
 from fxquant.files import gib
 from fxquant.graph import module_of, put_module, sharing_copy
@@ -79,7 +78,10 @@ class ReduceError(Pass):
         if reason:
             self.skip(node, reason)
             return
-        new = self._fitted(str(node.target), layer, teacher, read, wanted, self._has_two_grids(node, layer))
+        sizes = node.all_input_nodes[0].meta["val"].shape
+        axis = next((axis for axis, size in enumerate(sizes) if not isinstance(size, int)), 0)  # only that of the images is not fixed
+        folds = sums_of_halves(layer, axis, read, wanted, [len(batch) for batch in self.batches])
+        new = self._fitted(str(node.target), layer, teacher, folds, self._has_two_grids(node, layer))
         put_module(gm, str(node.target), new)
         with torch.no_grad():
             for place, x in enumerate(read):
@@ -124,10 +126,9 @@ class ReduceError(Pass):
         return DualQuantizer(parts[0].spec, scale, zero_point, outlier)
 
     @torch.no_grad()
-    def _fitted(self, name: str, layer: QuantizedLayer, teacher: nn.Module, read: Values, wanted: Values, dual: bool) -> QuantizedLayer:
+    def _fitted(self, name: str, layer: QuantizedLayer, teacher: nn.Module, folds: tuple[Gram, Gram], dual: bool) -> QuantizedLayer:
         """Return the layer with new weights, scales and bias; with two grids if `dual`."""
         assert isinstance(teacher, nn.Linear | nn.Conv2d)
-        folds = _folds(layer, read, wanted)
         gram = folds[0] + folds[1]
         start = _with_bias(teacher.weight, teacher.bias)
         share = self.recipe.erq_ridge or search_ridge(folds, start)
@@ -170,27 +171,3 @@ def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``[outputs, inputs + 1]`` in float64, the biases last."""
     rows = weight.detach().flatten(1).double()
     return torch.cat([rows, (rows.new_zeros(len(rows)) if bias is None else bias.detach().double())[:, None]], 1)
-
-
-def _folds(layer: nn.Module, read: Values, wanted: Values) -> tuple[Gram, Gram]:
-    """Return the sums over every second image, and over the others."""
-    assert isinstance(layer.weight, Tensor)
-    inputs, outputs = layer.weight[0].numel(), len(layer.weight)
-    folds = Gram.empty(inputs, outputs, layer.weight.device), Gram.empty(inputs, outputs, layer.weight.device)
-    for x, y in zip(read, wanted, strict=True):
-        for start, fold in enumerate(folds):
-            for some, its in _tokens(layer, x, y, start):
-                fold.add(some, its)
-    return folds
-
-
-def _tokens(layer: nn.Module, x: Tensor, y: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield every second image (of a single one: token) from `start` on as tokens ``[n, inputs]`` and ``[n, outputs]``."""
-    if isinstance(layer, nn.Conv2d):
-        for image, its in zip(x[start::2].split(1), y[start::2].split(1), strict=True):
-            columns = F.unfold(image, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
-            yield columns[0].T, its[0].flatten(1).T
-    elif len(x) > 1:
-        yield x[start::2].flatten(0, -2), y[start::2].flatten(0, -2)
-    else:
-        yield x.flatten(0, -2)[start::2], y.flatten(0, -2)[start::2]

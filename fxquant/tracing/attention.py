@@ -6,6 +6,8 @@ let alone quantized. The tracer puts this in its place, with the batch in front 
     q, k, v  =  linear(x, W_in, b_in)            [N, L, 3E]  ->  3 x [N, heads, L, E/heads]
     P        =  softmax(q k^T / sqrt(E/heads) + mask)
     y        =  linear(P v, W_out, b_out)        [N, L, E]
+
+Where there is a mask, and nobody asks for the weights P, the middle stays `scaled_dot_product_attention`, as in torch.
 """
 
 from __future__ import annotations
@@ -169,6 +171,11 @@ def _attend(
     if causal:
         mask = _causal(length, k.shape[2], query)
 
+    if not need_weights and not (mask is None and padding is None):
+        # Queries that must look at nothing get zeros from this call; `OpenAttention` takes it apart, and knows which masks have such.
+        masks = [extra for extra in (mask, padding) if extra is not None]
+        mixed = F.scaled_dot_product_attention(q, k, v, sum(masks[1:], masks[0]), dropout)
+        return _joined(mixed.transpose(1, 2).reshape(n, length, embed), out_proj, batched, batch_first), None
     scores = torch.matmul(q * math.sqrt(1.0 / size), k.transpose(-2, -1))
     for extra in (mask, padding):
         scores = scores if extra is None else scores + extra
@@ -176,15 +183,19 @@ def _attend(
     if dropout > 0.0:
         weights = F.dropout(weights, p=dropout)
     mixed = torch.matmul(weights, v).transpose(1, 2).reshape(n, length, embed)
-    output = F.linear(mixed, *out_proj)
-    if not batched:
-        output = output.squeeze(0)
-    elif not batch_first:
-        output = output.transpose(0, 1)
+    output = _joined(mixed, out_proj, batched, batch_first)
     if not need_weights:
         return output, None
     weights = weights.mean(dim=1) if average else weights
     return output, weights if batched else weights.squeeze(0)
+
+
+def _joined(mixed: Tensor, out_proj: tuple[Tensor, Tensor | None], batched: bool, batch_first: bool) -> Tensor:
+    """Return the output for the values ``[N, L, E]`` of all heads, in the layout of the inputs."""
+    output = F.linear(mixed, *out_proj)
+    if not batched:
+        return output.squeeze(0)
+    return output if batch_first else output.transpose(0, 1)
 
 
 def _rearrangement(batched: bool, batch_first: bool) -> Any:

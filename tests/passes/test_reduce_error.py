@@ -14,10 +14,10 @@ from torch.fx import GraphModule
 import fxquant
 from fxquant import Recipe
 from fxquant.calibration import activation_quantizers, weight_quantizers
+from fxquant.erq import sums_of_halves
 from fxquant.execution import sweep
 from fxquant.graph import called, put_module
 from fxquant.passes import CorrectBias, Freeze, InsertFakeQuant, InsertObservers, ReduceError, ReparameterizeNorms
-from fxquant.passes.reduce_error import _folds
 from fxquant.placement import place
 from fxquant.quantizers import DualQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
@@ -168,14 +168,14 @@ def test_refusals(name, refused):
 
 def test_activations_are_dropped_behind_their_last_reader(monkeypatch):
     """`affordable_images` counts on it: two ops behind a layer, nothing holds what the float one gave or the quantized one read."""
-    given, taken, alive, fitted = [], [], [], ReduceError._fitted
+    given, taken, alive = [], [], []
 
-    def spy(self, name, layer, teacher, read, wanted, dual):
+    def spy(layer, axis, read, wanted, sizes):
         given.extend(map(weakref.ref, wanted))
         taken.extend(weakref.ref(value) for value in read if not any(value is batch for batch in BATCHES))
-        return fitted(self, name, layer, teacher, read, wanted, dual)
+        return sums_of_halves(layer, axis, read, wanted, sizes)
 
-    monkeypatch.setattr(ReduceError, "_fitted", spy)
+    monkeypatch.setattr("fxquant.passes.reduce_error.sums_of_halves", spy)
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Sigmoid(), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Sigmoid(), nn.Tanh()
     )
@@ -207,17 +207,70 @@ def test_convolutions_are_their_matrices(size, stride, padding, dilation):
     layer = nn.Conv2d(3, 5, size, stride, padding, dilation).double()
     x = images(6, torch.float64)
     y = layer(x).detach()
-    one, other = _folds(layer, [x[:4], x[4:]], [y[:4], y[4:]])
+    one, other = sums_of_halves(layer, 0, [x[:4], x[4:]], [y[:4], y[4:]], [4, 2])
     weight = torch.cat([layer.weight.flatten(1), layer.bias[:, None]], 1).detach()
     assert one.count == other.count == y[:3, 0].numel()
     assert float((one + other).error(weight).sum()) < 1e-9 * float(y.square().sum())
 
 
+@torch.no_grad()
 def test_a_single_image_is_cut_into_tokens():
-    layer = nn.Linear(4, 3)
-    x = torch.randn(1, 7, 4)
-    one, other = _folds(layer, [x], [layer(x).detach()])
-    assert (one.count, other.count) == (4, 3)
+    for layer, x in ((nn.Linear(4, 3), torch.randn(1, 7, 4)), (nn.Conv2d(2, 3, 1), torch.randn(1, 2, 1, 7))):
+        one, other = sums_of_halves(layer, 0, [x], [layer(x)], [1])
+        assert (one.count, other.count) == (4, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["[N, L, C]", "[L, N, C]", "[N windows, L, C]", "conv"])
+def test_halves_hold_whole_images(form):
+    """Every token holds the number of its image, so the sums say which images a fold has; batches of one image are no exception."""
+    sizes, first, read = (1, 4, 1, 3), 0, []
+    for size in sizes:
+        numbers = torch.arange(first, first + size).float()
+        if form == "conv":
+            read.append(numbers.view(-1, 1, 1, 1).expand(-1, 1, 2, 3))
+        else:
+            tokens = (
+                numbers.repeat_interleave(2 if "windows" in form else 1).view(-1, 1, 1).expand(-1, 6 // (2 if "windows" in form else 1), 1)
+            )
+            read.append(tokens.transpose(0, 1) if form == "[L, N, C]" else tokens)
+        first += size
+    layer = nn.Conv2d(1, 1, 1) if form == "conv" else nn.Linear(1, 1)
+    even, odd = sums_of_halves(layer, int(form == "[L, N, C]"), read, [layer(x) for x in read], sizes)
+    assert (even.count, odd.count) == (6 * 5, 6 * 4)
+    assert even.a[0, 0] == 6 * (0 + 4 + 16 + 36 + 64)
+    assert odd.a[0, 0] == 6 * (1 + 9 + 25 + 49)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_batch_of_one_image(count):
+    """A remainder of one image, and one image alone, also behind convolutions."""
+    fxquant.quantize(make("residual"), [images(2)] * (count // 2) + [images(1)], 3, 4, recipe="erq", cat=False, progress=False)
+
+
+def test_images_along_another_axis_are_found():
+    class Sequence(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.mix, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.mix(self.patches(x).flatten(2).permute(2, 0, 1)).relu().mean(0))
+
+    torch.manual_seed(0)
+    _, gm, step = quantized(Sequence().eval())
+    seen: list[int] = []
+
+    def seeing(layer, axis, *rest):
+        seen.append(axis)
+        return sums_of_halves(layer, axis, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "fxquant.passes.reduce_error.sums_of_halves", lambda layer, axis, *rest: seen.append(axis) or sums_of_halves(layer, axis, *rest)
+        )
+        apply(gm, step)
+    assert seen == [0, 1, 0]
 
 
 @pytest.mark.parametrize("name", ["residual", "attention"])

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxquant
+from fxquant.passes import OpenAttention
+from fxquant.pipeline import Pipeline
 from fxquant.tracing import trace
+from fxquant.tracing.attention import without_fast_path
 
 N, L, E, HEADS = 2, 6, 8, 2
 TOKENS = torch.randn(N, L, E)
@@ -47,10 +51,13 @@ def check(model: nn.Module, example: Tensor = TOKENS) -> torch.fx.GraphModule:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
         else:
             assert a == b
-    targets = [node.target for node in traced.graph.nodes]
+    opened = Pipeline([OpenAttention()]).run(traced)
+    with torch.no_grad():
+        torch.testing.assert_close(opened(tokens), traced(tokens), rtol=1e-5, atol=1e-6)
+    targets = [node.target for node in opened.graph.nodes]
     assert F.multi_head_attention_forward not in targets
     assert F.scaled_dot_product_attention not in targets
-    return traced
+    return opened
 
 
 LOOK_AHEAD = torch.ones(L, L, dtype=torch.bool).triu(1)
@@ -84,6 +91,47 @@ def test_module(call: str, options: str) -> None:
     for batch_first, need_weights in ((True, False), (False, True)):
         arguments = CALLS[call] | {"need_weights": need_weights, "average_attn_weights": average}
         check(Attend(arguments, inputs, batch_first=batch_first, **OPTIONS[options]))
+
+
+BLIND = LOOK_AHEAD.clone()
+BLIND[2] = True
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "padding"])
+def test_queries_that_may_look_at_nothing_give_zeros(kind: str) -> None:
+    """As in torch where no weights are asked for, but for its fused path, which gives NaN."""
+    masks = {
+        "bool": {"attn_mask": BLIND},
+        "float": {"attn_mask": torch.zeros(L, L).masked_fill(BLIND, -torch.inf)},
+        "padding": {"key_padding_mask": lambda x, q: (x[:, :, 0] > 1e9) | (x[:, :1, 0] > 0)},
+    }
+    attend = Attend(masks[kind] | {"need_weights": False}, batch_first=True)
+    with without_fast_path():
+        traced = check(attend)
+    assert traced(TOKENS.abs())[0].isfinite().all()
+
+
+def test_an_encoder_over_an_image_that_is_all_padding() -> None:
+    class Encode(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, E, 4, 4)
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, HEADS, 16, batch_first=True), 1, enable_nested_tensor=False)
+            self.head = nn.Linear(E, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.patches(x).flatten(2).transpose(1, 2)
+            padding = x.square().mean(1).unfold(1, 4, 4).unfold(2, 4, 4).mean((-1, -2)).flatten(1) == 0
+            return self.head(self.encoder(tokens, src_key_padding_mask=padding).mean(1))
+
+    torch.manual_seed(0)
+    images, net = torch.randn(8, 3, 8, 8), Encode().eval()
+    qmodel = fxquant.quantize(net, [images], 8, 8, cat=False, recipe="fast", progress=False)
+    images[1] = 0
+    with torch.no_grad(), without_fast_path():
+        wanted, got = net(images), qmodel(images)
+    assert wanted.isfinite().all()
+    torch.testing.assert_close(got, wanted, rtol=0.1, atol=0.05 * wanted.std().item())
 
 
 @pytest.mark.parametrize("inputs", ["cross", "different", "unbatched"])
