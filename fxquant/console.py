@@ -13,6 +13,9 @@ from fxquant.pipeline import PassLog
 
 T = TypeVar("T")
 
+SPEED_PERIOD = 600.0
+"""Seconds over which speed is estimated: rich's 30 hold no two reports of a step that takes seconds, and no time left would show."""
+
 
 class Narrator:
     """Prints lines and bars to stderr, or nothing.
@@ -40,7 +43,12 @@ class Narrator:
     def counter(self, stage: str) -> Iterator[Callable[..., None]]:
         """Give a function to call with (done, total, text="") that moves a bar and says the text; the bar goes away behind the block."""
         with Progress(
-            *_columns(), TextColumn("{task.fields[text]}"), console=self.console, transient=True, disable=not self.progress
+            *_columns(),
+            TextColumn("{task.fields[text]}"),
+            console=self.console,
+            transient=True,
+            disable=not self.progress,
+            speed_estimate_period=SPEED_PERIOD,
         ) as bar:
             task = bar.add_task(stage, total=None, text="")
             yield lambda done, total, text="": bar.update(task, completed=done, total=total, text=text)
@@ -50,7 +58,7 @@ class Narrator:
         if not self.progress:
             yield from items
             return
-        with Progress(*_columns(), console=self.console, transient=True) as bar:
+        with Progress(*_columns(), console=self.console, transient=True, speed_estimate_period=SPEED_PERIOD) as bar:
             yield from bar.track(items, total=len(items) if isinstance(items, Sized) else total, description=stage)
 
 

@@ -182,11 +182,19 @@ def is_changing(loader: Iterable[Any]) -> bool:
 
 
 def is_random(loader: Iterable[Any]) -> bool:
-    """Say whether two passes of `loader`, which has one order, begin with different images."""
-    first, second = (next(iter(loader), None) for _ in range(2))
-    if first is None or second is None:
-        return False  # it can be passed over only once
-    return not torch.equal(_images(first, 0), _images(second, 0))
+    """Say whether two passes of `loader`, which has one order, begin with different images.
+
+    The first 64 are compared: of augmentations that leave every second image as it is, one batch of one image may show nothing.
+    """
+    seen = 0
+    for first, second in zip(loader, loader, strict=False):
+        images, again = _images(first, 0), _images(second, 0)
+        if not torch.equal(images, again):
+            return True
+        seen += len(images)
+        if seen >= 64:
+            break
+    return False  # also where it can be passed over only once
 
 
 def check_seed(seed: object) -> int:

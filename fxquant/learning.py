@@ -18,7 +18,7 @@ from fxquant.pipeline import Pass
 from fxquant.recipe import Recipe
 from fxquant.reconstruction.checkpoint import Checkpoints, Identity
 from fxquant.reconstruction.keeper import Keeper
-from fxquant.reconstruction.walk import peak_need
+from fxquant.reconstruction.walk import peak_need, peak_need_of_packs
 from fxquant.units import cut
 
 UNIT_WISE, NETWORK_WISE = ("units", "scales"), ("output_kl", "finish")
@@ -37,18 +37,20 @@ def learning_passes(
     """Return the passes of the stages of `recipe` that learn, in order; say before work starts what the cache will need."""
     stages = [stage for stage in recipe.stages if stage in UNIT_WISE + NETWORK_WISE]
     if any(stage in UNIT_WISE for stage in stages):
-        granularity = "block" if recipe.unit_granularity == "pack" else recipe.unit_granularity
-        units, count = cut(teacher, granularity), sum(map(len, images))
-        share, fisher, corrected = (
-            0.5 if recipe.cache_dtype == "bfloat16" else 1.0,
-            recipe.unit_fisher != "none",
-            recipe.unit_correction_iterations > 0,
-        )
-        need = peak_need(teacher, units, count, share, fisher, corrected)
+        packs = recipe.unit_granularity == "pack"
+        units, count = cut(teacher, "block" if packs else recipe.unit_granularity), sum(map(len, images))
+        packs = packs and "units" in stages
+        share = 0.5 if recipe.cache_dtype == "bfloat16" else 1.0
+        stored = share, recipe.unit_fisher != "none", recipe.unit_correction_iterations > 0
+        if packs:
+            need = peak_need_of_packs(teacher, units, count, recipe.pack_length, *stored)
+        else:
+            need = peak_need(teacher, units, count, *stored)
         over = "" if need <= recipe.memory_gib * 2**30 else "; the rest goes to disk (memory_gib sets the budget)"
         first = "what fits on the GPU first, then " if device.type == "cuda" else ""
         learned = sum(1 for unit in units if unit.layers)
-        text = f"{gib(need)} for {count} images in front of {learned} units, {first}{gib(recipe.memory_gib * 2**30)} may be in host memory"
+        most, budget = "at most " if packs else "", gib(recipe.memory_gib * 2**30)
+        text = f"{most}{gib(need)} for {count} images in front of {learned} units, {first}{budget} may be in host memory"
         narrator.line("cache", text + over)
     passes: list[Pass] = []
     for stage in stages:

@@ -22,7 +22,7 @@ depend on nothing else, are computed anew in each unit that needs them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -108,9 +108,20 @@ def merge(gm: GraphModule, units: Sequence[Unit]) -> Unit:
 
 
 def on_student(unit: Unit, student: GraphModule) -> Unit:
-    """Return `unit` in a graph that observers or quantizers were inserted into: those behind its nodes belong to it."""
+    """Return `unit` in a graph that observers or quantizers were inserted into: those behind its nodes belong to it.
+
+    A quantizer of the images, which lies in front of all units, belongs to every one that reads it.
+    """
     named, flow = set(unit.nodes), Flow(student)
-    return _unit(flow, [node for node in flow.nodes if node.name in named or _observed(node) in named], unit.name)
+    of_images = {
+        node
+        for images in student.graph.find_nodes(op="placeholder")
+        for node in images.users
+        if _observed(node) == images.name and any(reader.name in named for reader in node.users)
+    }
+    nodes = [node for node in flow.nodes if node.name in named or _observed(node) in named or node in of_images]
+    found = _unit(flow, nodes, unit.name)
+    return replace(found, outputs=tuple(name for name in found.outputs if name not in _names(of_images)))
 
 
 def _observed(node: Node) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import fxquant
-from fxquant.data import check_seed, collect, first_images, fresh_views, rebatch, repeatable, seeded
+from fxquant.data import check_seed, collect, first_images, fresh_views, is_random, rebatch, repeatable, seeded
 
 
 @pytest.fixture
@@ -213,3 +213,19 @@ def test_check_seed():
     for bad in (None, "1", 1.0, True, -1, 2**63):
         with pytest.raises(fxquant.ConfigError, match=r"^seed: .* is no seed"):
             check_seed(bad)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_augmentation_that_leaves_every_second_image_alone_is_noticed(batch_size):
+    class Flipped(Dataset):
+        def __len__(self):
+            return 32
+
+        def __getitem__(self, index):
+            image = torch.arange(12.0).view(3, 2, 2) + index
+            return image.flip(2) if torch.rand(()) < 0.5 else image
+
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert is_random(DataLoader(Flipped(), batch_size))
+    assert not is_random(DataLoader(torch.arange(24.0).view(8, 3, 1, 1), batch_size))

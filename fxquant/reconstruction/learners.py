@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.graph import called, constant_of, fork, put_constant, put_module, sharing_copy
-from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers import LogQuantizer, UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
 from fxquant.quantizers.learned import LearnedQuantizer, WeightLearner
 
@@ -53,7 +53,7 @@ class Learners:
             path = str(node.target)
             if isinstance(module, QuantizedLayer) and path not in self._layers:
                 put_module(self.graph, path, self._layer(path, module, weight, biases))
-            elif isinstance(module, UniformQuantizer) and float_activations:
+            elif isinstance(module, UniformQuantizer | LogQuantizer) and float_activations:
                 put_module(self.graph, path, nn.Identity())
             elif isinstance(module, UniformQuantizer) and activation is not None and path not in self.activations:
                 self.activations[path] = activation(module)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -189,3 +190,22 @@ def peak_need(
         peak = max(peak, sum(live.values()))
         live = {name: value for name, value in live.items() if last.get(name, -1) > index}
     return peak * count * share
+
+
+def peak_need_of_packs(teacher: GraphModule, units: Sequence[Unit], count: int, length: int, *stored: Any) -> float:
+    """Return the most bytes the cache may hold at once when runs of up to `length` of the inner units with layers are merged into packs.
+
+    Which ones is not known before they are scored, so each run is tried. `stored` are the last three arguments of `peak_need`.
+    """
+    inner = [index for index, unit in enumerate(units) if unit.layers][1:-1]
+    returned = {node.name for node in next(iter(teacher.graph.find_nodes(op="output"))).all_input_nodes}
+    most = peak_need(teacher, units, count, *stored)
+    for place, first in enumerate(inner):
+        for last in inner[place + 1 : place + length]:
+            run, others = units[first : last + 1], [*units[:first], *units[last + 1 :]]
+            made = {name: None for unit in run for name in unit.outputs}
+            read = {name: None for unit in run for name in unit.inputs if name not in made}
+            kept = returned.union(*(unit.inputs for unit in others))
+            joined = Unit("", (), tuple(read), tuple(name for name in made if name in kept), units[first].layers)
+            most = max(most, peak_need(teacher, [*units[:first], joined, *units[last + 1 :]], count, *stored))
+    return most

@@ -15,7 +15,7 @@ from fxquant.calibration import activation_quantizers, weight_quantizers
 from fxquant.graph import called, fork
 from fxquant.passes import InsertFakeQuant, InsertObservers
 from fxquant.placement import place
-from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers import LogQuantizer, UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
 from fxquant.quantizers.learned import LatentWeight, LearnedQuantizer, SoftRounding
 from fxquant.recipe import Recipe
@@ -227,3 +227,12 @@ def test_constant_shares_values():
     copy = constant(module)
     assert not any(p.requires_grad for p in copy.parameters()) and all(p.requires_grad for p in module.parameters())
     assert [p.data_ptr() for p in copy.parameters()] == [p.data_ptr() for p in module.parameters()]
+
+
+@pytest.mark.parametrize("grid", ["log2", "logsqrt2"])
+def test_float_activations_are_float_behind_a_softmax_too(grid):
+    """Its quantizer is none of those that are learned."""
+    _, gm = pair("attention", 3, 3, Recipe(softmax_quantizer=grid))
+    assert any(isinstance(part, LogQuantizer) for _, part in called(gm))
+    plain = Learners(gm, None, None, float_activations=True).graph
+    assert not any(isinstance(part, UniformQuantizer | LogQuantizer) for _, part in called(plain))

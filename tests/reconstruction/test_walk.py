@@ -22,8 +22,8 @@ from fxquant.recipe import Recipe
 from fxquant.reconstruction import walk as module
 from fxquant.reconstruction.learners import Learners, put_modules
 from fxquant.reconstruction.store import Store
-from fxquant.reconstruction.walk import BATCH, Visit, Walk, cache_of, channel_axis, peak_need
-from fxquant.units import Unit, cut
+from fxquant.reconstruction.walk import BATCH, Visit, Walk, cache_of, channel_axis, peak_need, peak_need_of_packs
+from fxquant.units import Unit, cut, merge
 
 COUNT = BATCH + 6
 ROWS = torch.arange(COUNT)
@@ -199,6 +199,22 @@ def test_inputs_and_targets_are_those_of_both_whole_networks_bit_for_bit(name, g
     assert seen
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", ["residual", "dense", "squeeze_excite"])
+def test_the_quantizer_of_the_images_is_learned_with_the_units_that_read_them(name, granularity):
+    teacher, student = pair(name, 3, 3, edges="integer")
+    x, learned = torch.cat(uneven()), set()
+    for visit in walk_of(teacher, student, cut(teacher, granularity)):
+        wanted = values_of(student, x) | {"x": x}
+        for given, value in zip(visit.unit.inputs, visit.quantized(ROWS), strict=True):
+            assert torch.equal(value, wanted[given]), (visit.unit.name, given)
+        given = [node.name for node in visit.student.graph.find_nodes(op="placeholder")]
+        assert [name.removeprefix("activations_") for name in given] == list(visit.unit.inputs) and "activations_x" not in given
+        learn(student, visit)
+        learned |= {str(node.target) for node, _ in called(visit.student)}
+    assert "activations.x" in learned
+
+
 @pytest.mark.parametrize("name", ["residual", "dense", "attention"])
 def test_learned_units_change_what_later_ones_read(name):
     teacher, student = fresh(name)
@@ -322,6 +338,22 @@ def test_what_is_announced_is_what_is_held(name, granularity, dtype):
     for _ in walk:
         pass
     assert peak_need(teacher, units, COUNT, 0.5 if dtype else 1.0) == walk.store.peak
+
+
+@pytest.mark.parametrize("length", [2, 3])
+@pytest.mark.parametrize("name", NETS)
+def test_what_is_announced_for_packs_is_the_most_that_any_pack_holds(name, length):
+    teacher, student = fresh(name)
+    units = cut(teacher)
+    inner = [index for index, unit in enumerate(units) if unit.layers][1:-1]
+    held = [peak_need(teacher, units, COUNT)]
+    for place, first in enumerate(inner):
+        for last in inner[place + 1 : place + length]:
+            walk = walk_of(teacher, student, [*units[:first], merge(teacher, units[first : last + 1]), *units[last + 1 :]])
+            for _ in walk:
+                pass
+            held.append(walk.store.peak)
+    assert peak_need_of_packs(teacher, units, COUNT, length) == max(held)
 
 
 @pytest.mark.parametrize(
