@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from fxquant.errors import ConfigError, one_of
-from fxquant.placement import MATMUL_SCALES
+from fxquant.recipe_values import NUMBERS, WORDS
 
 T = TypeVar("T")
 
@@ -175,6 +175,8 @@ class Recipe:
     """How views of the calibration images are made when the loader has no randomness of its own, as `augment`."""
     finish_blend: float = 1.0
     """Share of the batches in which images are blended (mixup) or cut together (CutMix), one half each; the teacher says what they show."""
+    finish_color: float = 0.0
+    """How far contrast, saturation and tint of each view are changed at random, as a share."""
     finish_holdout: float = 0.0625
     """Share of the calibration images kept out of the training, to keep the best state by their KL."""
     finish_checks: int = 20
@@ -213,9 +215,9 @@ class Recipe:
         if isinstance(self.stages, str) or not set(self.stages) <= set(STAGES) or "ranges" not in self.stages:
             raise ConfigError(f"{self.stages!r} are not stages", where="Recipe.stages", fix=f"Choose 'ranges' and any others of {STAGES}")
         object.__setattr__(self, "stages", tuple(stage for stage in STAGES if stage in self.stages))
-        for name, words in _WORDS.items():
+        for name, words in WORDS.items():
             _one_of(f"Recipe.{name}", getattr(self, name), words)
-        for name, (low, high) in _NUMBERS.items():
+        for name, (low, high) in NUMBERS.items():
             value, kinds = getattr(self, name), int if isinstance(low, int) else int | float
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 what = "whole number" if kinds is int else "number"
@@ -302,61 +304,6 @@ def _one_of(where: str, value: Any, allowed: Any) -> None:
     if value not in allowed:
         raise ConfigError(f"{value!r} is not known", where=where, fix=one_of(str(value), allowed))
 
-
-_RANGES = ("lp", "minmax", "percentile", "kl")
-_WORDS: dict[str, tuple[str, ...]] = {
-    "weight_range": _RANGES,
-    "activation_range": _RANGES,
-    "softmax_quantizer": ("uniform", "log2", "logsqrt2"),
-    "matmul_scales": MATMUL_SCALES,
-    "weight_groups": ("one", "dual"),
-    "bias_gain": ("none", "spread", "regression", "balanced"),
-    "augment": ("none", "crop", "crop+flip"),
-    "finish_augment": ("none", "crop", "crop+flip"),
-    "cache_dtype": ("same", "bfloat16"),
-    "precision": ("float32", "bfloat16"),
-    "unit_granularity": ("layer", "block", "pack", "network"),
-    "pack_score": ("simple", "literal"),
-    "unit_sampling": ("random", "epochs"),
-    "unit_beta_shape": ("linear", "cosine"),
-    "unit_fisher": ("none", "diagonal", "full"),
-    "unit_ranges": ("float", "prefix"),
-}
-"""The words that a field can have."""
-
-_NUMBERS: dict[str, tuple[float, float]] = {
-    "weight_p": (1.0, 10.0),
-    "activation_p": (1.0, 10.0),
-    "percentile": (0.501, 1.0),
-    "cat_alpha": (0.0, 1.0),
-    "memory_gib": (0.001, 10_000.0),
-    "erq_ridge": (0.0, 1e6),
-    "erq_flips": (0, 10**6),
-    **dict.fromkeys(("bias_images", "erq_images", "unit_batch", "output_kl_batch", "finish_batch"), (1, 10**9)),
-    **dict.fromkeys(("unit_iterations", "unit_correction_iterations", "scales_iterations", "output_kl_iterations"), (0, 10**9)),
-    "finish_iterations": (0, 10**9),
-    "finish_checks": (1, 10**6),
-    "pack_length": (1, 1000),
-    "cat_views": (1, 1000),
-    "cat_folds": (2, 100),
-    "cat_clusters": (1, 10**6),
-    "cat_pca": (0, 10**6),
-    **dict.fromkeys(
-        ("unit_rounding_rate", "unit_activation_rate", "unit_scale_rate", "unit_bias_rate", "unit_correction_rate"), (0.0, 10.0)
-    ),
-    **dict.fromkeys(("scales_rate", "output_kl_rate", "output_kl_zero_point_rate", "finish_weight_rate", "finish_scale_rate"), (0.0, 10.0)),
-    **dict.fromkeys(("finish_activation_rate", "finish_bias_rate"), (0.0, 10.0)),
-    **dict.fromkeys(("unit_rounding_weight", "unit_kl_weight", "unit_correction_pull", "output_kl_penalty"), (0.0, 1e9)),
-    "finish_feature_weight": (0.0, 1e9),
-    "finish_level_power": (0.0, 2.0),
-    **dict.fromkeys(("unit_kl_temperature", "output_kl_temperature", "finish_temperature"), (1e-3, 1e3)),
-    **dict.fromkeys(("unit_beta_start", "unit_beta_end"), (1.0, 1e3)),
-    "scales_p": (1.0, 10.0),
-    **dict.fromkeys(("unit_warmup", "unit_drop", "unit_input_drop", "finish_mix", "finish_mix_until", "finish_blend"), (0.0, 1.0)),
-    **dict.fromkeys(("finish_warmup", "finish_holdout"), (0.0, 0.9)),
-    "finish_averaging": (0.0, 0.99999),
-}
-"""The smallest and the largest number that a field can have; whole where the smallest is written so."""
 
 _UNITS = ("ranges", "units")
 

@@ -129,9 +129,9 @@ class FinishNetwork(Pass):
         else:
             zero_points = [learner.zero_point for learner in activations if isinstance(learner.zero_point, nn.Parameter)]
             rates = [([*weight_scales, *scales], recipe.output_kl_rate), (zero_points, recipe.output_kl_zero_point_rate)]
-        augment, blend = (recipe.finish_augment, recipe.finish_blend) if finish else ("none", 0.0)
+        augment, blend, color = (recipe.finish_augment, recipe.finish_blend, recipe.finish_color) if finish else ("none", 0.0, 0.0)
         size = recipe.finish_batch if finish else recipe.output_kl_batch
-        views = Views(self.images, rest.nonzero().flatten(), self.loader, augment, blend, size, self.seed)
+        views = Views(self.images, rest.nonzero().flatten(), self.loader, augment, blend, size, self.seed, color)
         held_out = torch.stack([views.images[row] for row in held.tolist()])
         places = places if self.settings.feature_weight else []
         return NetworkTraining(learners, self.teacher, places, views, held_out, rates, self.settings, self.device)

@@ -11,9 +11,27 @@ import pytest
 import fxquant
 from fxquant import Recipe
 from fxquant.errors import listed
-from fxquant.recipe import _NUMBERS, _WORDS, PRESETS, STAGES
+from fxquant.passes.finish_network import finish_settings, output_kl_settings
+from fxquant.passes.reconstruct_units import scales_settings, unit_settings
+from fxquant.recipe import PRESETS, STAGES
+from fxquant.recipe_values import NUMBERS, WORDS
+from fxquant.reconstruction.network import NetworkSettings
+from fxquant.reconstruction.unit import UnitSettings
 
 TRUTHS = [field.name for field in dataclasses.fields(Recipe) if field.type == "bool"]
+
+
+FINISH = {
+    "iterations": 11,
+    "temperature": 3.0,
+    "warmup": 0.3,
+    "feature_weight": 5.0,
+    "mix": 0.25,
+    "mix_until": 0.4,
+    "checks": 7,
+    "averaging": 0.9,
+}
+"""Values that no default has."""
 
 
 def test_named():
@@ -49,6 +67,52 @@ def test_published_constants():
     assert (Recipe.PDQUANT.unit_kl_weight, Recipe.PDQUANT.unit_correction_iterations) == (10, 500)
     assert (Recipe.GENIE.unit_scale_rate, Recipe.QDROP.unit_scale_rate) == (1e-4, 0)
     assert Recipe.PACKPTQ.unit_granularity == "pack"
+
+
+QDROP = UnitSettings(
+    iterations=20_000,
+    batch=32,
+    rounding_rate=1e-3,
+    rounding_weight=0.01,
+    beta=(20.0, 2.0),
+    warmup=0.2,
+    activation_rate=4e-5,
+    drop=0.5,
+    input_drop=0.5,
+)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "differs"),
+    [
+        ("qdrop", {}),
+        ("adaround", {"activations": False, "input_drop": 0.0, "beta_shape": "cosine"}),
+        ("brecq", {"activations": False, "input_drop": 0.0}),
+        ("pdquant", {"rounding_rate": 3e-3, "kl_weight": 10.0, "kl_temperature": 4.0}),
+        ("genie", {"scale_rate": 1e-4, "rounding_weight": 1.0, "sampling": "epochs"}),
+        ("packptq", {"batch": 16, "rounding_rate": 3e-3}),
+    ],
+)
+def test_published_constants_reach_the_loop_over_units(recipe, differs):
+    assert unit_settings(PRESETS[recipe]) == dataclasses.replace(QDROP, **differs)
+
+
+def test_published_constants_beside_that_loop():
+    assert scales_settings(Recipe.BRECQ) == UnitSettings(iterations=5000, batch=32, activation_rate=4e-4, p=2.4)
+    assert (Recipe.PDQUANT.unit_correction_rate, Recipe.PDQUANT.unit_correction_pull, Recipe.PDQUANT.unit_ranges) == (1e-3, 50, "prefix")
+    assert (Recipe.GENIE.activation_symmetric, Recipe.QDROP.activation_symmetric) == (True, False)
+    assert {recipe.weight_p for recipe in PRESETS.values()} == {recipe.activation_p for recipe in PRESETS.values()} == {2.4}
+
+
+def test_every_constant_of_the_network_wise_stages_comes_from_the_recipe():
+    """Fields are found by name, so one that was renamed would fall back to its default without a word."""
+    words = {"precision": "bfloat16", "compile": True}
+    assert {name: getattr(Recipe(), f"finish_{name}") for name in FINISH}.items().isdisjoint(FINISH.items())
+    changed = Recipe(**words, **{f"finish_{name}": value for name, value in FINISH.items()})
+    assert finish_settings(changed) == NetworkSettings(kl_weight=9.0, **FINISH, **words)
+    changed = Recipe(**words, finish_checks=7, output_kl_iterations=11, output_kl_temperature=3.0, output_kl_penalty=0.7)
+    wanted = NetworkSettings(iterations=11, temperature=3.0, penalty=0.7, checks=7, **words)
+    assert output_kl_settings(changed) == wanted
 
 
 @pytest.mark.parametrize("name", ["", "slow", None, 3, {}, []])
@@ -136,21 +200,21 @@ def test_values_that_cannot_be_meant(field, value):
 
 
 def test_every_field_is_checked():
-    assert {field.name for field in dataclasses.fields(Recipe)} == {"name", "stages", *TRUTHS, *_WORDS, *_NUMBERS}
+    assert {field.name for field in dataclasses.fields(Recipe)} == {"name", "stages", *TRUTHS, *WORDS, *NUMBERS}
 
 
-@pytest.mark.parametrize("field", _WORDS)
+@pytest.mark.parametrize("field", WORDS)
 def test_words(field):
-    for word in _WORDS[field]:
+    for word in WORDS[field]:
         assert getattr(Recipe(stages=Recipe.ERQ.stages, **{field: word}), field) == word
-    for wrong in ("", _WORDS[field][0].upper(), None, 1, _WORDS[field], True):
-        with pytest.raises(fxquant.ConfigError, match=rf"^Recipe\.{field}: .* is not known. Use one of {re.escape(listed(_WORDS[field]))}"):
+    for wrong in ("", WORDS[field][0].upper(), None, 1, WORDS[field], True):
+        with pytest.raises(fxquant.ConfigError, match=rf"^Recipe\.{field}: .* is not known. Use one of {re.escape(listed(WORDS[field]))}"):
             Recipe(**{field: wrong})
 
 
-@pytest.mark.parametrize("field", _NUMBERS)
+@pytest.mark.parametrize("field", NUMBERS)
 def test_numbers(field):
-    low, high = _NUMBERS[field]
+    low, high = NUMBERS[field]
     for number in (low, high):
         assert getattr(Recipe(**{field: number}), field) == number
     whole = isinstance(low, int)

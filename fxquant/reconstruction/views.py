@@ -24,6 +24,7 @@ class Views:
             mirrored) as `augment` says.
         augment: ``"none"``, ``"crop"`` or ``"crop+flip"``.
         blend: share of batches in which images are blended or cut together.
+        color: how far contrast, saturation and tint of each image are changed.
         size: images a batch; at most as many as there are rows.
         seed: same seed and step, same views.
 
@@ -31,14 +32,25 @@ class Views:
         made: how views are made, for the report.
     """
 
-    def __init__(self, images: list[Tensor], rows: Tensor, loader: Iterable[Any], augment: str, blend: float, size: int, seed: int):
+    def __init__(
+        self,
+        images: list[Tensor],
+        rows: Tensor,
+        loader: Iterable[Any],
+        augment: str,
+        blend: float,
+        size: int,
+        seed: int,
+        color: float = 0.0,
+    ):
         self.images, self.rows, self.augment, self.blend, self.seed = _rows(images), rows, augment, blend, seed
+        self.color = color
         self.size = min(size, len(rows))
         repeating = in_one_order(loader)
         self.loader = repeating if repeating is not None and is_random(repeating) else None
         self._epoch = (-1, rows)
         self._pass = (-1, self.images)
-        blended = f", {blend:.0%} of the batches blended" if blend else ""
+        blended = (", recolored" if color else "") + (f", {blend:.0%} of the batches blended" if blend else "")
         words = {"none": "the calibration images themselves", "crop": "shifted", "crop+flip": "shifted and mirrored"}
         self.made = ("passes of the loader" if self.loader is not None else words[augment]) + blended
 
@@ -49,6 +61,8 @@ class Views:
         views = torch.stack([self._source(epoch)[int(self._order(epoch)[row])] for epoch, row in places])
         if self.loader is None and self.augment != "none":
             views = shift_images(views, self.augment == "crop+flip", generator)
+        if self.color:
+            views = recolored(views, self.color, generator)
         if self.blend and torch.rand((), generator=generator) < self.blend:
             views = blended(views, generator)
         return views
@@ -73,6 +87,21 @@ class Views:
 
 def _rows(batches: Iterable[Tensor]) -> list[Tensor]:
     return [row for batch in batches for row in batch]
+
+
+def recolored(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Return images ``[N, C, H, W]`` in other colors, each with its own factors, with u drawn uniformly from -1..1.
+
+    contrast     x' = m + (1 + strength u) (x - m),     m the mean of the image
+    saturation   x' = g + (1 + strength u) (x - g),     g the mean of a pixel over the channels
+    tint         x' = x + strength u_c / 2,             of each channel, in the units of the normalized image
+    """
+    count, channels = images.shape[:2]
+    drawn = strength * (2 * torch.rand(count, 2 + channels, 1, 1, generator=generator) - 1).to(images)
+    mean = images.mean((1, 2, 3), keepdim=True)
+    images = torch.lerp(mean, images, 1 + drawn[:, :1])
+    gray = images.mean(1, keepdim=True)
+    return torch.lerp(gray, images, 1 + drawn[:, 1:2]) + drawn[:, 2:] / 2
 
 
 def blended(images: Tensor, generator: torch.Generator) -> Tensor:

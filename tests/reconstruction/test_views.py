@@ -16,7 +16,7 @@ import fxquant
 from fxquant.data import collect, seeded
 from fxquant.recipe import Recipe
 from fxquant.reconstruction.network import NetworkTraining
-from fxquant.reconstruction.views import Views, blended
+from fxquant.reconstruction.views import Views, blended, recolored
 
 
 def numbered(count: int, size: int = 8) -> Tensor:
@@ -80,6 +80,41 @@ def test_shifted_and_mirrored_views_are_windows_of_the_padded_image():
             assert sum(found) == 1
             mirrored += any(found[6:])
     assert 12 < mirrored < 36
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_recolored_images_are_affine_in_each_pixel_and_their_own(channels):
+    """Contrast and saturation keep the mean of an image, the tint moves it; one channel has no saturation."""
+    x = torch.randn(40, channels, 6, 6, generator=torch.Generator().manual_seed(0)).double()
+    strength = 0.4
+    out = recolored(x, strength, torch.Generator().manual_seed(1))
+    tint = (out - x).mean((2, 3)) - (out - x).mean((1, 2, 3))[:, None] if channels == 1 else None
+    assert tint is None or tint.abs().max() < 1e-12
+    gray, was = out.mean(1), x.mean(1)  # saturation leaves the mean over channels, so contrast and shift remain
+    slope = ((gray - gray.mean((1, 2), True)) * (was - was.mean((1, 2), True))).sum((1, 2)) / (was - was.mean((1, 2), True)).square().sum(
+        (1, 2)
+    )
+    torch.testing.assert_close(gray - gray.mean((1, 2), True), slope[:, None, None] * (was - was.mean((1, 2), True)))
+    assert 1 - strength <= slope.min() < 0.75 and 1.25 < slope.max() <= 1 + strength
+    shift = gray.mean((1, 2)) - was.mean((1, 2))
+    assert shift.abs().max() <= strength / 2 and len(set(shift.tolist())) == 40
+    if channels > 1:
+        tone, before = out - out.mean(1, True), x - x.mean(1, True)
+        tone, before = tone - tone.mean((2, 3), True), before - before.mean((2, 3), True)
+        ratio = (tone * before).sum((1, 2, 3)) / before.square().sum((1, 2, 3)) / slope
+        torch.testing.assert_close(tone, (ratio * slope).view(-1, 1, 1, 1) * before)
+        assert 1 - strength <= ratio.min() < 0.75 and 1.25 < ratio.max() <= 1 + strength
+    assert torch.equal(out, recolored(x, strength, torch.Generator().manual_seed(1)))
+    torch.testing.assert_close(recolored(x, 0.0, torch.Generator().manual_seed(1)), x)
+
+
+def test_views_are_recolored_where_asked():
+    x = torch.randn(12, 3, 8, 8)
+    make = lambda color: Views([x], torch.arange(12), [x], "none", 0.0, 4, 0, color)  # noqa: E731
+    plain, other = make(0.0), make(0.3)
+    assert "recolored" in other.made and "recolored" not in plain.made
+    assert not torch.equal(plain.batch(2), other.batch(2))
+    assert torch.equal(other.batch(2), make(0.3).batch(2))
 
 
 def test_blended_images_are_convex_combinations_or_boxes():
