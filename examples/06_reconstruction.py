@@ -4,6 +4,7 @@
     python examples/06_reconstruction.py PATH --recipes qdrop standard --settings W2A2 --seeds 0 1 2 --out results
     python examples/06_reconstruction.py PATH --recipes qdrop --set unit_iterations=1000
     python examples/06_reconstruction.py PATH --ablation
+    python examples/06_reconstruction.py PATH --ablation standard "no augmentation" --set finish_iterations=1000
 
 PATH is a folder with a zoo.py as in 02_cifar10_resnet20.py. Each run is appended to OUT/runs.jsonl as soon as it is over, and not
 repeated when it is there already; OUT/runs.md and OUT/runs.png are made from all runs of the network in that file. Calibrates on
@@ -36,34 +37,40 @@ DATA["squeezenet1_1"] = DATA["mobile"]
 DEVELOPMENT = 4096
 """Training images behind the calibration images on which the ablation is measured."""
 
-ABLATION: dict[str, dict[str, Any]] = {
-    "standard": {},
-    "without the bias stage": {"stages": ("ranges", "finish")},
-    "without CAT": {"stages": ("ranges", "bias", "finish")},
-    "units first (QDrop, 500 steps each)": {
-        "stages": ("ranges", "units", "finish", "cat"),
-        "unit_iterations": 500,
-        "unit_rounding_rate": 3e-3,
-    },
-    "weights fixed": {"finish_weight_rate": 0.0},
-    "8-bit weights at the same share of their range": {"finish_level_power": 1.0},
-    "8-bit weights at an eighth of it": {"finish_level_power": 0.5},
-    "weight scales fixed": {"finish_scale_rate": 0.0},
-    "activation scales fixed": {"finish_activation_rate": 0.0},
-    "biases fixed": {"finish_bias_rate": 0.0},
-    "weights at a third of the rate": {"finish_weight_rate": fxquant.Recipe.STANDARD.finish_weight_rate / 3},
-    "weights at three times the rate": {"finish_weight_rate": fxquant.Recipe.STANDARD.finish_weight_rate * 3},
-    "no feature matching": {"finish_feature_weight": 0.0},
-    "features at a tenth of the weight": {"finish_feature_weight": fxquant.Recipe.STANDARD.finish_feature_weight / 10},
-    "temperature 1": {"finish_temperature": 1.0},
-    "no augmentation": {"finish_augment": "none", "finish_blend": 0.0},
-    "crop and flip alone": {"finish_blend": 0.0},
-    "half of the batches blended": {"finish_blend": 0.5},
-    "annealed mixing of float activations": {"finish_mix": 0.5},
-    "float32": {"precision": "float32"},
-    "half the steps": {"finish_iterations": fxquant.Recipe.STANDARD.finish_iterations // 2},
-    "twice the steps": {"finish_iterations": fxquant.Recipe.STANDARD.finish_iterations * 2},
-}
+
+def ablation(standard: fxquant.Recipe) -> dict[str, dict[str, Any]]:
+    """Return what is changed of the recipe `standard`, one thing at a time."""
+    return {
+        "standard": {},
+        "without the bias stage": {"stages": ("ranges", "finish", "cat")},
+        "without CAT": {"stages": ("ranges", "bias", "finish")},
+        "units first (QDrop, 500 steps each)": {
+            "stages": ("ranges", "units", "finish", "cat"),
+            "unit_iterations": 500,
+            "unit_rounding_rate": 3e-3,
+        },
+        "weights fixed": {"finish_weight_rate": 0.0},
+        "weight scales fixed": {"finish_scale_rate": 0.0},
+        "activation scales fixed": {"finish_activation_rate": 0.0},
+        "biases fixed": {"finish_bias_rate": 0.0},
+        "weights at a third of the rate": {"finish_weight_rate": standard.finish_weight_rate / 3},
+        "weights at three times the rate": {"finish_weight_rate": standard.finish_weight_rate * 3},
+        "8-bit weights at the same share of their range": {"finish_level_power": 1.0},
+        "no feature matching": {"finish_feature_weight": 0.0},
+        "features at a tenth of the weight": {"finish_feature_weight": standard.finish_feature_weight / 10},
+        "temperature 1": {"finish_temperature": 1.0},
+        "no augmentation": {"finish_augment": "none", "finish_blend": 0.0, "finish_color": 0.0},
+        "crop and flip alone": {"finish_blend": 0.0, "finish_color": 0.0},
+        "half of the batches blended": {"finish_blend": 0.5},
+        "colors as they are": {"finish_color": 0.0},
+        "moving average of 0.99": {"finish_averaging": 0.99},
+        "annealed mixing of float activations": {"finish_mix": 0.5},
+        "batches of 32, twice the steps": {"finish_batch": 32, "finish_iterations": 2 * standard.finish_iterations},
+        "float32": {"precision": "float32"},
+        "half the steps": {"finish_iterations": standard.finish_iterations // 2},
+        "twice the steps": {"finish_iterations": 2 * standard.finish_iterations},
+        "rates of two bits whatever the bits": {"finish_fine_power": 0.0},
+    }
 
 
 def main() -> None:
@@ -74,7 +81,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=["W2A2"], metavar="WxAy", help="bits (default: W2A2)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run each (default: 0)")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="change fields of every recipe")
-    parser.add_argument("--ablation", action="store_true", help="vary the recipe standard, one thing at a time")
+    parser.add_argument("--ablation", nargs="*", metavar="WORDS", help="vary the recipe standard, one thing at a time: those that begin so")
     parser.add_argument(
         "--out", type=Path, default=Path("reconstruction"), help="folder for runs, tables and plots (default: reconstruction)"
     )
@@ -83,18 +90,19 @@ def main() -> None:
     if not (options.path / "zoo.py").is_file():
         parser.error(f"{options.path} has no zoo.py; see --help")
     changes = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.set)}
-    if options.ablation:
-        runs = [
-            (label(name, changes), fxquant.Recipe.STANDARD.replace(name="standard", **{**changes, **fields}))
-            for name, fields in ABLATION.items()
-        ]
+    ablates = options.ablation is not None
+    if ablates:
+        standard = fxquant.Recipe.STANDARD.replace(name="standard", **changes)
+        varied = ablation(standard)
+        chosen = [name for name in varied if not options.ablation or any(name.startswith(words) for words in options.ablation)]
+        runs = [(label(name, changes), standard.replace(name="standard", **varied[name])) for name in chosen]
     else:
         named = [(name, fxquant.Recipe.named(name)) for name in options.recipes]
         runs = [(label(name, changes), recipe.replace(name=name, **changes) if changes else recipe) for name, recipe in named]
 
     options.out.mkdir(parents=True, exist_ok=True)
-    log = options.out / ("ablation.jsonl" if options.ablation else "runs.jsonl")
-    data = Data(options.path, options.network, options.ablation)
+    log = options.out / ("ablation.jsonl" if ablates else "runs.jsonl")
+    data = Data(options.path, options.network, ablates)
     for setting in options.settings:
         for name, recipe in runs:
             for seed in options.seeds:
@@ -192,11 +200,14 @@ def markdown(rows: list[dict[str, Any]], float_top1: float) -> str:
     for row in rows:
         groups[row["setting"], row["recipe"]].append(row)
     lines = [f"{rows[0]['network']}: float top-1 {float_top1:.2f}\n" if rows else ""]
-    lines += ["| bits | recipe | seeds | top-1 % | agreement % | KL to float | seconds |", "|---|---|---:|---:|---:|---:|---:|"]
+    lines += [
+        "| bits | recipe | seeds | top-1 % | agreement % | KL to float | seconds | of one core |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
     for (setting, name), group in sorted(groups.items(), key=lambda item: (item[0][0], statistics.mean(row["top1"] for row in item[1]))):
         cells = [spread([row[column] for row in group], digits) for column, digits in (("top1", 2), ("agreement", 2), ("kl", 4))]
-        seconds = statistics.mean(row["seconds"] for row in group)
-        lines.append(f"| {setting} | {name} | {len(group)} | {' | '.join(cells)} | {seconds:.0f} |")
+        seconds = " | ".join(f"{statistics.mean(row[column] for row in group):.0f}" for column in ("seconds", "processor_seconds"))
+        lines.append(f"| {setting} | {name} | {len(group)} | {' | '.join(cells)} | {seconds} |")
     return "\n".join(lines) + "\n"
 
 

@@ -14,6 +14,8 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
+TABLE = "| bits | recipe | seeds | top-1 % | agreement % | KL to float | seconds | of one core |"
+
 ZOO = """
 import torch
 from torch import nn
@@ -116,13 +118,24 @@ def test_reconstruction_on_a_network_of_ones_own(tmp_path: Path) -> None:
     done = run("06_reconstruction.py", *words)
     assert done.returncode == 0, done.stderr
     lines = [line for line in (tmp_path / "out" / "runs.md").read_text().splitlines() if line.startswith("|")]
-    assert lines[0] == "| bits | recipe | seeds | top-1 % | agreement % | KL to float | seconds |"
+    assert lines[0] == TABLE
     assert sorted(line.split("|")[2].strip() for line in lines[2:]) == ["fast finish_iterations=2", "finish finish_iterations=2"]
     assert all(line.split("|")[3].strip() == "2" for line in lines[2:])
     assert (tmp_path / "out" / "runs.png").stat().st_size > 1000
     before = (tmp_path / "out" / "runs.jsonl").read_text()
     assert run("06_reconstruction.py", *words).returncode == 0
     assert (tmp_path / "out" / "runs.jsonl").read_text() == before, "a run that is there already was repeated"
+
+
+def test_ablation_on_a_network_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "zoo.py").write_text(ZOO)
+    words = ["--ablation", "standard", "twice", "--set", "finish_iterations=2", "finish_batch=8", "--out", str(tmp_path / "out")]
+    done = run("06_reconstruction.py", str(tmp_path), *words)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in (tmp_path / "out" / "ablation.md").read_text().splitlines() if line.startswith("|")]
+    assert lines[0] == TABLE
+    names = [f"{name} finish_iterations=2 finish_batch=8" for name in ("standard", "twice the steps")]
+    assert sorted(line.split("|")[2].strip() for line in lines[2:]) == names
 
 
 def test_transformers_on_a_network_of_ones_own(tmp_path: Path) -> None:
@@ -132,7 +145,7 @@ def test_transformers_on_a_network_of_ones_own(tmp_path: Path) -> None:
     done = run("11_transformers.py", *words)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert lines[0] == "| bits | recipe | seeds | top-1 % | agreement % | KL to float | seconds |"
+    assert lines[0] == TABLE
     assert sorted(line.split("|")[1].strip() for line in lines[2:]) == ["W3A4", "W3A4", "W4A4", "W4A4"]
     before = (tmp_path / "out" / "runs.jsonl").read_text()
     again = run("11_transformers.py", *words)

@@ -13,16 +13,21 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import nets
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import fxquant
 from fxquant.deploy import cuda
 from fxquant.deploy.cuda import CudaBackend, CudaIntegerLayer, pack_weight, refusal, weight_width
 from fxquant.deploy.integers import Grid, IntegerLayer
 from fxquant.errors import ConfigError
+from fxquant.graph import deep_copy
+from fxquant.passes import LowerInteger
+from fxquant.pipeline import Pipeline
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -487,3 +492,17 @@ except cuda.ConfigError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "triton is not installed" in done.stdout
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("name", ["residual", "mobile", "squeeze_excite"])
+def test_whole_networks_are_the_simulation(device, name, pack):
+    """Through the pass that lowers, up to the rounding of what is summed in floats."""
+    simulation = fxquant.quantize(nets.make(name), [nets.images(8)], 4, 4, False, recipe="fast", edges="integer", progress=False)
+    lowering = LowerInteger(CudaBackend(device, pack=pack))
+    lowered = Pipeline([lowering]).run(deep_copy(simulation).to(device))
+    assert lowering.log.count >= 4
+    x = nets.images(3)
+    with torch.no_grad():
+        wanted, got = simulation(x), lowered(x.to(device)).cpu()
+    assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
