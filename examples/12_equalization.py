@@ -38,6 +38,7 @@ WAYS: dict[str, tuple[tuple[str, ...], fxquant.Recipe]] = {
     "equalized, absorbed by batch norms": (("equalize", "absorb by batch norms"), RANGES),
     f"equalized, absorbed by {IMAGES} images": (("equalize", "absorb by images"), RANGES),
     "bias": ((), BIAS),
+    "bias by batch norms": ((), BIAS.replace(name="bias by batch norms", bias_means="norms")),
     f"equalized, absorbed by {IMAGES} images, bias": (("equalize", "absorb by images"), BIAS),
 }
 """Passes in front of the quantization, and the recipe of it."""

@@ -130,13 +130,13 @@ def follow(node: Node, shared: Shared, clamps: bool = True) -> Link | str:
                     return why
                 link.consumers.append((reader, place.width))
                 continue
-            behind = _behind(reader, tensor, place, clamps)
-            if behind is None:
+            there = behind(reader, tensor, place, clamps)
+            if there is None:
                 return _refusal(reader)
             link.words.add(kind(reader))
             if upper_bound(reader) is not None:
-                link.clamps.append((reader, behind))
-            todo.append((reader, behind))
+                link.clamps.append((reader, there))
+            todo.append((reader, there))
     return link if link.consumers else "no layer reads its output"
 
 
@@ -165,7 +165,7 @@ def _why_not_read(reader: Node, tensor: Node, place: Place) -> str | None:
     return None
 
 
-def _behind(node: Node, tensor: Node, place: Place, clamps: bool) -> Place | None:
+def behind(node: Node, tensor: Node, place: Place, clamps: bool = True) -> Place | None:
     """Return where the channels are behind `node`, or None where it does not commute with a positive factor a channel."""
     word = kind(node)
     if not is_tensor(node):

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from fxquant import passes
 from fxquant.calibration import activation_quantizers, affordable_images, weight_quantizers
 from fxquant.console import Narrator
 from fxquant.correction import CatSetting, append_selected, check_cat_setting
@@ -25,7 +26,6 @@ from fxquant.data import check_seed, collect, in_one_order, is_changing, rebatch
 from fxquant.errors import ConfigError
 from fxquant.inspection import check_network, traced, working_device
 from fxquant.learning import keeper_of, learning_passes
-from fxquant.passes import PREPARE, CorrectBias, Freeze, InsertFakeQuant, InsertObservers, ReduceError, ReparameterizeNorms
 from fxquant.pipeline import Pipeline
 from fxquant.placement import EDGES, check_bits, place
 from fxquant.recipe import Recipe
@@ -91,15 +91,14 @@ def quantize(
         images = rebatch(collect(calib_loader, next((p.dtype for p in model.parameters()), torch.float32)))
         graph = traced(model, images[0].to(device)).to(device)
 
-        prepare = Pipeline([step() for step in PREPARE], narrator.passed, narrator.bar)
-        teacher = prepare.run(graph)
+        teacher = (prepare := Pipeline([step() for step in passes.PREPARE], narrator.passed, narrator.bar)).run(graph)
         plan = place(teacher, w, a, edges, overrides, recipe.matmul_scales)
         narrator.line("place", f"{len(plan.layers)} layers, {len(plan.tensors)} tensors, edges {edges!r}: {EDGES[edges]}")
         some = affordable_images(images, recipe.bias_images, recipe, teacher, device)
-        reparameterize = [ReparameterizeNorms(plan, some, recipe)] if "reparameterize" in recipe.stages else []
+        reparameterize = [passes.ReparameterizeNorms(plan, some, recipe)] if "reparameterize" in recipe.stages else []
         teacher = Pipeline(reparameterize, narrator.passed, narrator.bar).run(teacher)
 
-        observe = InsertObservers(plan)
+        observe = passes.InsertObservers(plan)
         observed = observe(teacher).graph_module.to(device)
         if is_changing(calib_loader):
             observe.note("the loader gives other images on each pass; those of the first are the calibration images")
@@ -107,16 +106,17 @@ def quantize(
         with torch.no_grad():
             for batch in narrator.bar(images, "observe"):
                 observed(batch.to(device))
-        steps: list[Any] = [InsertFakeQuant(plan, activation_quantizers(recipe), weight_quantizers(recipe))]
+        steps: list[Any] = [passes.InsertFakeQuant(plan, activation_quantizers(recipe), weight_quantizers(recipe))]
         if "bias" in recipe.stages:
-            steps.append(CorrectBias(teacher, some, recipe.bias_gain))
+            measured = recipe.bias_means == "images"
+            steps.append(passes.CorrectBias(teacher, some, recipe.bias_gain) if measured else passes.CorrectBiasFromNorms())
         if "erq" in recipe.stages:
             more = affordable_images(images, recipe.erq_images, recipe, teacher, device)
-            steps.append(ReduceError(teacher, more, plan, weight_quantizers(recipe), recipe))
+            steps.append(passes.ReduceError(teacher, more, plan, weight_quantizers(recipe), recipe))
         asked = {"recipe": recipe.to_dict(), "w": w, "a": a, "edges": edges, "overrides": dict(overrides or {}), "seed": seed}
         keeper = keeper_of(checkpoint, resume, teacher, asked, images)
         steps += learning_passes(teacher, images, calib_loader, recipe, seed, device, keeper, narrator)
-        student = Pipeline([*steps, Freeze()], narrator.passed, narrator.bar, narrator.counter).run(observed)
+        student = Pipeline([*steps, passes.Freeze()], narrator.passed, narrator.bar, narrator.counter).run(observed)
         student.meta.pop(NORMS, None)
 
         record = Record.of(recipe, plan, edges, seed, images, teacher)

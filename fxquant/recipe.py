@@ -68,6 +68,9 @@ class Recipe:
     bias_gain: str = "balanced"
     """What is done about the spread of each output channel along with its mean: ``"none"``, ``"spread"``, ``"regression"`` or
     ``"balanced"`` (see `fxquant.passes.CorrectBias`)."""
+    bias_means: str = "images"
+    """Where the means that biases are corrected by come from: ``"images"`` (measured, errors of activations included), or ``"norms"``, the
+    batch norms that were folded, which know of the errors of weights alone (then without a gain)."""
     erq_images: int = 1024
     """Images that layers are fitted to in closed form; fewer when their activations do not fit into `memory_gib`."""
     erq_ridge: float = 0.0
@@ -161,6 +164,9 @@ class Recipe:
     finish_activation_rate: float = 3e-3
     """Rate for the scales of activations, as a ratio to where they start."""
     finish_bias_rate: float = 1.5e-3
+    finish_fine_power: float = 1.0
+    """How all these rates fall with the levels L of the network's coarsest grid, ``(4 / L) ** power``: finer grids leave less to make up
+    for, and steps as large as those for two bits would add more noise than they take away."""
     finish_warmup: float = 0.02
     """Share of the iterations in which the rates rise; then they fall along a cosine."""
     finish_temperature: float = 4.0

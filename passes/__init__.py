@@ -4,6 +4,7 @@ from fxquant.passes.absorb_high_bias import AbsorbHighBias
 from fxquant.passes.append_cat import AppendCAT
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.correct_bias import CorrectBias
+from fxquant.passes.correct_bias_from_norms import CorrectBiasFromNorms
 from fxquant.passes.equalize_channels import EqualizeChannels
 from fxquant.passes.finish_network import FinishNetwork
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
@@ -43,6 +44,7 @@ __all__ = [
     "AppendCAT",
     "Canonicalize",
     "CorrectBias",
+    "CorrectBiasFromNorms",
     "EqualizeChannels",
     "FinishNetwork",
     "FoldBatchNorm",

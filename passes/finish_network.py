@@ -126,6 +126,8 @@ class FinishNetwork(Pass):
                 (scales, recipe.finish_activation_rate),
                 (list(learners.biases.values()), recipe.finish_bias_rate),
             ]
+            coarsest = min((learner.spec.levels for learner in (*weights, *activations)), default=4)
+            rates = [(values, rate * (4 / coarsest) ** recipe.finish_fine_power) for values, rate in rates]
         else:
             zero_points = [learner.zero_point for learner in activations if isinstance(learner.zero_point, nn.Parameter)]
             rates = [([*weight_scales, *scales], recipe.output_kl_rate), (zero_points, recipe.output_kl_zero_point_rate)]

@@ -20,8 +20,13 @@ X = images(12)
 
 @pytest.fixture(scope="module")
 def nets():
+    return pair(2, 3)
+
+
+def pair(w, a):
+    """Return the float graph and the quantized one."""
     teacher = prepared("residual")
-    plan = place(teacher, 2, 3)
+    plan = place(teacher, w, a)
     observed = InsertObservers(plan)(teacher).graph_module
     with torch.no_grad():
         observed(X)
@@ -83,3 +88,20 @@ def test_weights_of_more_levels_move_faster(nets, power, factor):
     rates = {id(parameter): rate for parameters, rate in training.groups for parameter in parameters}
     bits = {learner.spec.bits: rates[id(learner.latent)] for learner in training.latents}
     assert bits == pytest.approx({2: 0.01, 8: 0.01 * factor})
+
+
+@pytest.mark.parametrize(("w", "a", "factor"), [(2, 4, 1), (4, 2, 1), (3, 4, 0.5), (4, 4, 0.25)])
+@pytest.mark.parametrize("power", [0.0, 1.0, 0.5])
+def test_everything_moves_slower_the_finer_the_coarsest_grid(w, a, factor, power):
+    teacher, student = pair(w, a)
+    recipe = RECIPE.replace(
+        finish_level_power=0.0,
+        finish_fine_power=power,
+        finish_weight_rate=0.01,
+        finish_scale_rate=0.002,
+        finish_activation_rate=0.003,
+        finish_bias_rate=0.004,
+    )
+    training = FinishNetwork(teacher, [X], [X], recipe, 0, torch.device("cpu")).training(student)
+    wanted = [rate * factor**power for rate in (0.01, 0.002, 0.003, 0.004)]
+    assert sorted({rate for _, rate in training.groups}) == pytest.approx(sorted(wanted))

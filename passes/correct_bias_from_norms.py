@@ -1,0 +1,71 @@
+"""CorrectBiasFromNorms: take the mean error of quantized weights out of the biases, without any image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxquant.channels import blocks
+from fxquant.expectations import Expected, expectations
+from fxquant.graph import module_of, put_module
+from fxquant.kinds import is_layer, kind
+from fxquant.passes.fold_batch_norm import FoldBatchNorm
+from fxquant.passes.insert_fake_quant import InsertFakeQuant
+from fxquant.pipeline import Pass
+from fxquant.quantizers.layers import QuantizedLayer
+
+DONE = "means_corrected"
+"""The key of ``GraphModule.meta`` for the paths of layers that have been corrected already."""
+
+
+class CorrectBiasFromNorms(Pass):
+    """Correct the bias of quantized layers by what their weights' errors do to the mean inputs (Nagel et al. 2019, section 4.2.1).
+
+        bn -> relu -> conv(Wq, b)                   =>     bn -> relu -> conv(Wq, b')          b' = b - (Wq - W) E[x]
+
+    A rounded weight shifts the mean of its output by ``(Wq - W) E[x]``, and ``E[x]`` of each channel follows from the batch norm that was
+    folded into the layer in front (`fxquant.expectations`). No image is read: this is for networks without calibration data for it;
+    `CorrectBias` measures the means, of activations' errors too, and corrects more.
+
+    Refused where ``E[x]`` is not known: behind the images, a layer that had no batch norm, or what changes means by more than a norm tells
+    (max pooling, a ReLU behind a sum, GELU). Zero padding is not counted: at borders less is corrected than there is.
+    """
+
+    after = (FoldBatchNorm, InsertFakeQuant)
+    preserves_output = False
+    verb = "corrected"
+
+    def run(self, gm: GraphModule) -> None:
+        known, done = expectations(gm), set(gm.meta.get(DONE, ()))
+        for node in [node for node in gm.graph.nodes if is_layer(node)]:
+            layer, path = module_of(node), str(node.target)
+            if not isinstance(layer, QuantizedLayer) or path in done:
+                continue
+            means = _inputs(node, layer, known[node.all_input_nodes[0]])
+            if isinstance(means, str):
+                self.skip(node, means)
+                continue
+            put_module(gm, path, layer.scaled(torch.ones_like(layer.weight_quantizer.scale.flatten()), -_shift(layer, means)))
+            done.add(path)
+            self.changed()
+        gm.meta[DONE] = tuple(sorted(done))
+
+
+def _inputs(node: Node, layer: QuantizedLayer, known: Expected | str) -> Tensor | str:
+    """Return the mean of each input of a layer, ``[groups * inputs of a group]``, or why it is not known."""
+    if isinstance(known, str):
+        return known
+    source = node.all_input_nodes[0].meta["val"]
+    groups, _, inputs, _ = blocks(layer, layer.weight.detach()).shape
+    means = known.mean.repeat_interleave(known.place.width)
+    if known.place.axis != (source.ndim - 1 if kind(node) == "linear" else 1) or len(means) != groups * inputs:
+        return "reads channels as positions"
+    return means
+
+
+@torch.no_grad()
+def _shift(layer: QuantizedLayer, means: Tensor) -> Tensor:
+    """Return the mean that the weights' errors add to each output channel."""
+    error = blocks(layer, (layer.used_weight() - layer.weight).contiguous()).double().sum(3)
+    return (error @ means.view(len(error), -1, 1)).flatten().to(layer.weight)
