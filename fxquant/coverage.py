@@ -63,11 +63,11 @@ def count_multiply_adds(network: Callable[[Tensor], Any], image: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def summary(work: list[Work], most: int = 10) -> dict[str, Any]:
-    """Return the sums and the largest work on floats as JSON-able values: what a record keeps."""
+def summary(work: list[Work]) -> dict[str, Any]:
+    """Return the sums and all work on floats, the largest first, as JSON-able values: what a record keeps."""
     floats = sorted((row for row in work if row.float_because), key=lambda row: -row.multiply_adds)
     total = sum(row.multiply_adds for row in work)
-    left = [[row.name, row.multiply_adds, row.float_because] for row in floats[:most]]
+    left = [[row.name, row.multiply_adds, row.float_because] for row in floats]
     return {"all": total, "quantized": total - sum(row.multiply_adds for row in floats), "float": left}
 
 
@@ -80,14 +80,17 @@ def describe_work(work: Mapping[str, Any]) -> str:
     """Return what `summary` gives as one line."""
     text = f"{work['all'] / 1e6:,.2f} million multiply-adds an image, {100 * share_quantized(work):.2f} % on quantized operands"
     left = [f"{name} {100 * count / work['all']:.2f} % ({why})" for name, count, why in work["float"][:3]]
+    more = len(work["float"]) - len(left)
+    left += [f"{more} more in the record's work"] if more else []
     return f"{text}; float: {', '.join(left)}" if left else text
 
 
 class _Counter(FlopCounterMode):
-    """Torch's counter without its table, with recurrent layers, and without its hooks on every module."""
+    """Torch's counter without its table, with recurrent layers and attention on processors, and without its hooks on every module."""
 
     def __init__(self) -> None:
-        super().__init__(display=False, custom_mapping={torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops})
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # some releases of torch leave it out
+        super().__init__(display=False, custom_mapping={torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops, attention: _attention_flops})
         self.mod_tracker = _Nowhere()  # type: ignore[assignment]
 
 
@@ -103,6 +106,11 @@ class _Nowhere(AbstractContextManager[None]):
 def _recurrent_flops(inputs: Any, input_weight: Any, state_weight: Any, *_: Any, **__: Any) -> int:
     """Return the operations of one recurrent layer from shapes: every step of every row is multiplied with both weights."""
     return 2 * math.prod(inputs[:-1]) * (math.prod(input_weight) + math.prod(state_weight))
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Return the operations of one fused attention from shapes ``[..., L, d]``: those of both matrix products."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _why_float(node: Node) -> str:

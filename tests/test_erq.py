@@ -220,6 +220,32 @@ def test_refinement_falls_until_no_flip_helps():
             assert bool((loss(other) >= loss(codes) * (1 - 1e-6))[allowed].all())
 
 
+@pytest.mark.parametrize("share", [1e-4, 0.1])
+def test_the_columns_left_make_up_for_those_rounded_in_closed_form(monkeypatch, share):
+    """``w2' = w2 - (A22 + lambda I)^-1 A21 (q1 - w1)``, block by block, the bias among the columns left."""
+    x, y, weight = problem(inputs=24)
+    gram, blocks = gram_of(x, y), []
+
+    def refined(codes, block, scale, zero, *rest):
+        found = refine(codes, block, scale, zero, *rest)
+        if sum(part.shape[1] for part, _ in blocks) < 24:  # those of the final rounds come behind
+            blocks.append((block.clone(), Ladder.values(found, scale, zero)))
+        return found
+
+    monkeypatch.setattr(erq, "refine", refined)
+    rounded(x, y, weight, 3, share)
+    a, damping = gram.a, share * gram.a.diagonal().mean() * torch.eye(25, dtype=torch.float64)
+    real, done = weight.clone(), 0
+    for block, values in blocks:
+        cut = done + block.shape[1]
+        assert cut == done + (25 - done) // 2
+        torch.testing.assert_close(block, real[:, done:cut], rtol=1e-9, atol=1e-9)
+        made_up = torch.linalg.solve(a[cut:, cut:] + damping[cut:, cut:], a[cut:, done:cut])
+        real[:, cut:] -= (values - block) @ made_up.T
+        done = cut
+    assert done == 24
+
+
 def test_the_error_falls_from_step_to_step(monkeypatch):
     """What is left of the rounding, by rounds of codes, scales and bias at the end."""
     x, y, weight = problem(inputs=24)
