@@ -22,7 +22,7 @@ from fxquant.tracing.leaves import unwrap
 BACKENDS = ("cpu", "cuda")
 
 
-def lower(qmodel: nn.Module, backend: str = "cpu") -> GraphModule:
+def lower(qmodel: nn.Module, backend: str = "cpu", *, pack: bool = False) -> GraphModule:
     """Return a quantized network that computes on integers; `qmodel` is not touched.
 
     It takes images of any batch size, of other sizes as far as the network does, and in half precision too (they become float32). Weights
@@ -38,14 +38,17 @@ def lower(qmodel: nn.Module, backend: str = "cpu") -> GraphModule:
     Args:
         qmodel: what `fxquant.quantize` or `fxquant.load` returned, in float32.
         backend: ``"cpu"``: x86 with VNNI, through oneDNN. ``"cuda"``: int8 tensor cores. The result is on that device.
+        pack: keep weights of up to 2 and 4 bits in as many, and unpack them in the kernel (``"cuda"`` alone): less memory to read.
 
     Raises:
-        ConfigError: an unknown backend.
+        ConfigError: an unknown backend, or `pack` where it cannot be.
         ModelError: `qmodel` was not made by fxquant, is lowered already, is not float32, or has no quantized layer that reads a quantized
             tensor.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"{backend!r} is not known", where="backend", fix=one_of(backend, BACKENDS))
+    if pack and backend != "cuda":
+        raise ConfigError(f"backend {backend!r} has kernels for bytes alone", where="pack", fix="Use pack=False, or backend='cuda'")
     record = copy.deepcopy(Record.from_module(qmodel))
     gm = unwrap(qmodel)
     assert isinstance(gm, GraphModule)
@@ -62,7 +65,7 @@ def lower(qmodel: nn.Module, backend: str = "cpu") -> GraphModule:
     device = device_of(gm)
     if device is not None and device.type != backend:
         gm = deep_copy(gm).to(backend)
-    engine: Backend = cpu.CpuBackend() if backend == "cpu" else cuda.CudaBackend()
+    engine: Backend = cpu.CpuBackend() if backend == "cpu" else cuda.CudaBackend(pack=pack)
     lowering = LowerInteger(engine)
     lowered = Pipeline([lowering]).run(gm)
     if not lowering.log.count:

@@ -198,6 +198,29 @@ def test_a_machine_that_cannot_keeps_the_simulation(simulation, backend, monkeyp
     assert torch.equal(lowered(halves), simulation(halves.float()))
 
 
+def test_packed_weights_are_for_cuda(simulation, monkeypatch):
+    with pytest.raises(ConfigError, match=r"pack: backend 'cpu' has kernels for bytes alone. Use pack=False"):
+        fxquant.lower(simulation, pack=True)
+    made = []
+    monkeypatch.setattr(cuda, "unavailable", lambda *_: None)
+    monkeypatch.setattr(cuda, "CudaBackend", lambda **options: made.append(options) or cpu.CpuBackend())
+    monkeypatch.setattr(torch.fx.GraphModule, "to", lambda self, *_: self)
+    for pack in (False, True):
+        fxquant.lower(simulation, "cuda", pack=pack)
+    assert made == [{"pack": False}, {"pack": True}]
+
+
+@needs_vnni
+@pytest.mark.parametrize(
+    "x",
+    [torch.zeros(2, 4, 16, 16), torch.zeros(3, 16, 16), torch.zeros(2, 3, 16, 16, dtype=torch.uint8)],
+    ids=["four channels", "no batch", "bytes"],
+)
+def test_images_of_another_form_are_refused_by_name(simulation, x):
+    with pytest.raises(ModelError, match=r"^images: are \w+ of shape \[.*\]. Pass a batch of normalized images, floats \[N, 3, H, W\]"):
+        fxquant.lower(simulation)(x)
+
+
 def test_module_wrappers_are_seen_through(simulation):
     if cpu.unavailable() is None:
         assert isinstance(fxquant.lower(nn.DataParallel(simulation)), torch.fx.GraphModule)

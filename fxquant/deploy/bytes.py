@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.deploy.integers import Grid
+from fxquant.errors import ModelError
 from fxquant.graph import free_path, insert_behind, is_tensor, put_module
 
 
@@ -57,10 +58,34 @@ class BytePad(nn.Module):
 
 
 class ToFloat32(nn.Module):
-    """The network's input in float32, which everything behind it was made for; half precision images are taken as well."""
+    """The network's input in float32, which everything behind it was made for; half precision images are taken as well.
+
+    Integer kernels say little of a tensor that they cannot take, so this looks at the images first.
+
+    Args:
+        channels: of the images.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = channels
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return images ``[N, channels, H, W]`` in float32.
+
+        Raises:
+            ModelError: images of another form.
+        """
+        if images.ndim != 4 or images.shape[1] != self.channels or not images.is_floating_point():
+            raise ModelError(
+                f"are {str(images.dtype).removeprefix('torch.')} of shape {list(images.shape)}",
+                where="images",
+                fix=f"Pass a batch of normalized images, floats [N, {self.channels}, H, W]",
+            )
         return images.float()
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}"
 
 
 def cast_images(gm: GraphModule) -> None:
@@ -68,6 +93,6 @@ def cast_images(gm: GraphModule) -> None:
     for node in gm.graph.find_nodes(op="placeholder"):
         if is_tensor(node) and node.users:
             path = free_path(gm, "to_float32")
-            put_module(gm, path, ToFloat32())
+            put_module(gm, path, ToFloat32(int(node.meta["val"].shape[1])))
             insert_behind(node, path)
     gm.recompile()
