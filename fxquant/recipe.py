@@ -182,7 +182,7 @@ class Recipe:
     finish_blend: float = 1.0
     """Share of the batches in which images are blended (mixup) or cut together (CutMix), one half each; the teacher says what they show."""
     finish_color: float = 0.0
-    """How far contrast, saturation and tint of each view are changed at random, as a share."""
+    """How far contrast, saturation and tint of each view are changed at random, as a share; it falls with finer grids as the rates do."""
     finish_holdout: float = 0.0625
     """Share of the calibration images kept out of the training, to keep the best state by their KL."""
     finish_checks: int = 20

@@ -116,6 +116,8 @@ class FinishNetwork(Pass):
         for learner in weights:
             if isinstance(learner, LatentWeight):
                 by_levels.setdefault(learner.spec.levels, []).append(learner.latent)
+        coarsest = min((learner.spec.levels for learner in (*weights, *activations)), default=4)
+        fine = (4 / coarsest) ** recipe.finish_fine_power
         if finish:
             rates = [
                 *(
@@ -126,12 +128,11 @@ class FinishNetwork(Pass):
                 (scales, recipe.finish_activation_rate),
                 (list(learners.biases.values()), recipe.finish_bias_rate),
             ]
-            coarsest = min((learner.spec.levels for learner in (*weights, *activations)), default=4)
-            rates = [(values, rate * (4 / coarsest) ** recipe.finish_fine_power) for values, rate in rates]
+            rates = [(values, rate * fine) for values, rate in rates]
         else:
             zero_points = [learner.zero_point for learner in activations if isinstance(learner.zero_point, nn.Parameter)]
             rates = [([*weight_scales, *scales], recipe.output_kl_rate), (zero_points, recipe.output_kl_zero_point_rate)]
-        augment, blend, color = (recipe.finish_augment, recipe.finish_blend, recipe.finish_color) if finish else ("none", 0.0, 0.0)
+        augment, blend, color = (recipe.finish_augment, recipe.finish_blend, recipe.finish_color * fine) if finish else ("none", 0.0, 0.0)
         size = recipe.finish_batch if finish else recipe.output_kl_batch
         views = Views(self.images, rest.nonzero().flatten(), self.loader, augment, blend, size, self.seed, color)
         held_out = torch.stack([views.images[row] for row in held.tolist()])
