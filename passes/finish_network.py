@@ -90,7 +90,7 @@ class FinishNetwork(Pass):
         self.note(f"{iterations} steps of {views.size} views: {views.made}; {len(training.held_out)} images held out")
         if outcome.retried:
             left = "" if outcome.step else ", and left as it was: it did not help there either"
-            self.note(f"the loss was not finite; trained again at a tenth of the rates{left}")
+            self.note(f"it diverged; trained again at a tenth of the rates{left}")
         measured = f"loss on the held-out images {outcome.before:.4f} -> {outcome.behind:.4f}"
         self.note(f"{measured} (KL at temperature {self.settings.temperature:g}), best at step {outcome.step}")
         self.keeper.save(self.stage, iterations, gm, self.log)

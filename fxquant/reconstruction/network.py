@@ -22,7 +22,7 @@ from fxquant.graph import fork
 from fxquant.quantizers.learned import LatentWeight
 from fxquant.reconstruction.learners import Learners, without_gradients
 from fxquant.reconstruction.losses import annealed, cosine, feature_loss, prediction_loss
-from fxquant.reconstruction.unit import Show, can_fuse
+from fxquant.reconstruction.unit import WORSE, Show, can_fuse
 from fxquant.reconstruction.views import Views
 from fxquant.tree import tensors_of
 
@@ -49,7 +49,10 @@ class NetworkSettings:
 
 @dataclass
 class Outcome:
-    """What a training came to: the KL of the loss on the held-out images before and behind, and at which step the best was."""
+    """What a training came to: the KL of the loss on the held-out images before and behind, and at which step the best was.
+
+    `retried`: it diverged at the rates given (a loss that is not finite, or nothing better than the start and far worse at the end).
+    """
 
     before: float
     behind: float
@@ -157,6 +160,8 @@ class NetworkTraining:
                     keep(self._state(step + 1, factor, optimizer, best, average, outcome))
             if step % 10 == 9:
                 show(step + 1, settings.iterations, f"loss {loss.item():.4f}, held out {outcome.behind:.4f}")
+        if not outcome.step and not self._checked(average) <= WORSE * before:
+            return None
         self._reset(best)
         self._mix(0.0)
         return outcome

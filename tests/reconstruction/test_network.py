@@ -178,6 +178,15 @@ def test_a_loss_that_is_not_finite_is_tried_again_at_a_tenth(nets):
     assert all(map(torch.equal, values(training), values(slow)))
 
 
+def test_a_loss_that_grows_and_stays_finite_is_tried_again_at_a_tenth(nets):
+    training = training_of(nets, biases=0.5)
+    outcome = training.run(quiet)
+    assert outcome.retried and outcome.behind <= outcome.before
+    slow = training_of(nets, biases=0.5)
+    slow.groups = [(parameters, 0.1 * rate) for parameters, rate in slow.groups]
+    assert slow.run(quiet).behind == outcome.behind
+
+
 def replace_retried(outcome):
     return replace(outcome, retried=False)
 
