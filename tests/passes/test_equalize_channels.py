@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from nets import NETS, Net, apply, classes, images, make, ops, prepared, scrambled
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -426,3 +427,21 @@ def test_in_one_pipeline():
 def test_bad_options(options, text):
     with pytest.raises(ConfigError, match=text):
         EqualizeChannels(**options)
+
+
+def test_mobilenet_v2():
+    """17 blocks are two pairs each (expand, or the stem, depthwise, project), three pairs lie between; ReLU6 becomes a bound a channel."""
+    torch.manual_seed(0)
+    net = torchvision.models.mobilenet_v2().eval()
+    for part in net.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.uniform_(part.weight, 0.3, 3.0)
+            nn.init.normal_(part.bias, 0.5)
+    x = torch.randn(2, 3, 64, 64)
+    gm = Pipeline([step() for step in PREPARE]).run(trace(net, x))
+    step = EqualizeChannels()
+    new = Pipeline([step]).run(gm)
+    assert step.log.count == 17 * 2 + 3
+    assert sum(isinstance(part, ChannelClamp) for part in new.modules()) >= 34
+    with torch.no_grad():
+        torch.testing.assert_close(new(x), gm(x), rtol=1e-4, atol=1e-4 * gm(x).abs().max().item())

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,6 +68,28 @@ def test_lp_on_short_rows_is_the_brute_force_optimum(kind, spec):
         scale, zero_point, _ = brute_force(row, spec)
         assert q.scale[c].item() == pytest.approx(scale, rel=1e-12)
         assert q.zero_point[c].item() == zero_point
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("activation", [F.gelu, F.silu, F.hardswish, F.mish])
+def test_signed_tails_of_activations_get_the_codes_that_they_are_worth(activation, bits):
+    """Of all widths and zero-points hardly any is better; a tail below half a step gets no code, one of several steps does."""
+    x = activation(2 * torch.randn(20_000, generator=torch.Generator().manual_seed(0)))
+    spec = QuantSpec(bits)
+
+    def error(scale, zero_point):
+        codes = ((x / scale).round() + zero_point).clamp(spec.qmin, spec.qmax)
+        return ((codes - zero_point) * scale - x).abs().pow(2.4).mean().item()
+
+    scale, zero_point = (value.item() for value in estimate_range(Histogram.of(x), spec))
+    width = (x.max() - x.min()).item() / (spec.levels - 1)
+    best = min(error(share / 60 * width, k) for share in range(6, 66) for k in range(min(spec.levels, 48)))
+    assert error(scale, zero_point) <= 1.04 * best
+    if bits == 8:
+        assert zero_point > 0
+        assert error(scale, zero_point) < 0.1 * min(error(share / 60 * width, 0) for share in range(6, 66))
+    else:
+        assert zero_point == pytest.approx(-x.min().item() / scale, abs=1)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 2.4, 4.0])
