@@ -59,6 +59,18 @@ class Server:
         self.requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self.sizes: Counter[int] = Counter()
 
+    def submit(self, image: Tensor) -> Future[Tensor]:
+        """Queue one image; its logits come out of the future.
+
+        Raises:
+            ValueError: an image of another shape, which would fail the whole batch that it is in, or compile while others wait.
+        """
+        if tuple(image.shape) != tuple(self.shape):
+            raise ValueError(f"the image is of shape {list(image.shape)}, and the server takes {list(self.shape)}")
+        request = Request(image)
+        self.requests.put(request)
+        return request.answer
+
     def warm_up(self) -> None:
         """Call once at every batch size."""
         for size in range(1, self.most + 1):
@@ -183,10 +195,8 @@ def lowered_layers(lowered: nn.Module) -> str:
 def ask(server: Server, images: Tensor, count: int, latencies: list[float]) -> None:
     """Ask `count` times, each behind the answer to the one before, and note the seconds."""
     for number in range(count):
-        request = Request(images[number % len(images)])
         start = time.perf_counter()
-        server.requests.put(request)
-        request.answer.result()
+        server.submit(images[number % len(images)]).result()
         latencies.append(time.perf_counter() - start)
 
 

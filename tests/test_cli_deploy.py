@@ -279,6 +279,17 @@ def test_the_server_takes_what_waits() -> None:
     assert [request.answer.result(0).tolist() for request in requests] == [[2.0 * number] * 4 for number in range(5)]
 
 
+def test_an_image_of_another_shape_fails_alone() -> None:
+    module = example("08_deploy.py")
+    server = module.Server(lambda images: images.flatten(1), (1, 2, 2), 4)
+    answer = server.submit(torch.ones(1, 2, 2))
+    with pytest.raises(ValueError, match=r"of shape \[1, 3, 2\], and the server takes \[1, 2, 2\]"):
+        server.submit(torch.ones(1, 3, 2))
+    server.requests.put(None)
+    server.serve()
+    assert answer.result(0).tolist() == [1.0] * 4
+
+
 def test_the_server_outlives_a_batch_that_fails() -> None:
     module = example("08_deploy.py")
 
