@@ -94,6 +94,9 @@ def main() -> None:
     if ablates:
         standard = fxquant.Recipe.STANDARD.replace(name="standard", **changes)
         varied = ablation(standard)
+        unknown = [words for words in options.ablation if not any(name.startswith(words) for name in varied)]
+        if unknown:
+            parser.error(f"no variant begins with {unknown[0]!r}; there are: {', '.join(varied)}")
         chosen = [name for name in varied if not options.ablation or any(name.startswith(words) for words in options.ablation)]
         runs = [(label(name, changes), standard.replace(name="standard", **varied[name])) for name in chosen]
     else:

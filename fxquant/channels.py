@@ -126,11 +126,11 @@ def follow(node: Node, shared: Shared, clamps: bool = True) -> Link | str:
             if operand(reader) is not tensor or is_impure(reader):
                 return _refusal(reader)
             if is_layer(reader):
-                if (why := shared.why_not(reader) or _why_not_read(reader, tensor, place)) is not None:
+                if (why := shared.why_not(reader) or why_not_read(reader, tensor, place)) is not None:
                     return why
                 link.consumers.append((reader, place.width))
                 continue
-            there = behind(reader, tensor, place, clamps)
+            there = place_behind(reader, tensor, place, clamps)
             if there is None:
                 return _refusal(reader)
             link.words.add(kind(reader))
@@ -154,7 +154,7 @@ def _refusal(reader: Node) -> str:
     return f"goes to {reader.name} ({word}), which {why}"
 
 
-def _why_not_read(reader: Node, tensor: Node, place: Place) -> str | None:
+def why_not_read(reader: Node, tensor: Node, place: Place) -> str | None:
     """Return why the layer `reader` does not read the channels of `tensor` as its inputs, or None when it does."""
     layer, ndim = module_of(reader), tensor.meta["val"].ndim
     if place.axis != (ndim - 1 if kind(reader) == "linear" else 1):
@@ -165,7 +165,7 @@ def _why_not_read(reader: Node, tensor: Node, place: Place) -> str | None:
     return None
 
 
-def behind(node: Node, tensor: Node, place: Place, clamps: bool = True) -> Place | None:
+def place_behind(node: Node, tensor: Node, place: Place, clamps: bool = True) -> Place | None:
     """Return where the channels are behind `node`, or None where it does not commute with a positive factor a channel."""
     word = kind(node)
     if not is_tensor(node):

@@ -186,15 +186,20 @@ def is_random(loader: Iterable[Any]) -> bool:
 
     The first 64 are compared: of augmentations that leave every second image as it is, one batch of one image may show nothing.
     """
-    seen = 0
-    for first, second in zip(loader, loader, strict=False):
-        images, again = _images(first, 0), _images(second, 0)
-        if not torch.equal(images, again):
-            return True
-        seen += len(images)
-        if seen >= 64:
+    first, second = (_beginning(loader) for _ in range(2))
+    if not first or not second:
+        return False  # it can be passed over only once
+    return len(first) != len(second) or not all(map(torch.equal, first, second))
+
+
+def _beginning(loader: Iterable[Any], count: int = 64) -> list[Tensor]:
+    """Return the batches with the first `count` images of a pass."""
+    batches: list[Tensor] = []
+    for batch in loader:
+        batches.append(_images(batch, len(batches)).clone())
+        if sum(map(len, batches)) >= count:
             break
-    return False  # also where it can be passed over only once
+    return batches
 
 
 def check_seed(seed: object) -> int:

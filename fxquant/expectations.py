@@ -6,7 +6,7 @@
     add                      E = E1 + E2                                 its deviation is not known, so no ReLU may follow
     mean, view, quantizer    E stays
 
-Values are taken for normal in front of a ReLU, and quantization for unbiased.
+Values are taken for normal in front of a ReLU, quantization for unbiased, and zeros that average pooling pads with are not counted.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxquant.channels import Place, behind, operand, upper_bound
-from fxquant.graph import is_tensor, module_of
+from fxquant.channels import Place, operand, place_behind, upper_bound
+from fxquant.graph import argument, is_tensor, module_of
 from fxquant.kinds import is_layer, kind
 from fxquant.quantizers import UniformQuantizer
 from fxquant.reconstruction.norms import NORMS, FoldedNorm
@@ -68,8 +68,7 @@ def _of(node: Node, found: dict[Node, Expected | str], norms: dict[str, FoldedNo
         norm = norms.get(str(node.target))
         if norm is None:
             return f"no batch norm was folded into {node.target}"
-        mean, deviation = norm.factor.double() * norm.mean + norm.shift, (norm.factor.double() * norm.deviation).abs()
-        return Expected(mean, deviation, Place(node.meta["val"].ndim - 1 if word == "linear" else 1))
+        return Expected(*norm.outputs(), Place(node.meta["val"].ndim - 1 if word == "linear" else 1))
     changed = f"{node.name} ({word}) changes the means by more than batch norms tell"
     tensors = [parent for parent in node.all_input_nodes if is_tensor(parent)]
     known: list[Expected] = []
@@ -87,13 +86,22 @@ def _of(node: Node, found: dict[Node, Expected | str], norms: dict[str, FoldedNo
     one = known[0]
     if node.op == "call_module" and isinstance(module_of(node), UniformQuantizer):
         return one
-    place = behind(node, tensors[0], one.place)
-    if place is None:
+    place = place_behind(node, tensors[0], one.place)
+    if place is None or _divides_by_another_number(node):
         return changed
     if word in _STAYS:
         return Expected(one.mean, one.deviation if word in ("identity", "view") else None, place)
     bound = upper_bound(node)
     if (word != "relu" and bound is None) or one.deviation is None:
         return changed
-    limit = bound.flatten().double() if isinstance(bound, Tensor) else bound
+    limit = bound.flatten()[:: place.width].double() if isinstance(bound, Tensor) else bound
     return Expected(rectified_mean(one.mean, one.deviation, limit), None, place)
+
+
+def _divides_by_another_number(node: Node) -> bool:
+    """Say whether this is an average pool whose sum is divided by anything but the number of values in it."""
+    if kind(node) != "avg_pool":
+        return False
+    if node.op == "call_module":
+        return getattr(module_of(node), "divisor_override", None) is not None
+    return argument(node, 6, "divisor_override") is not None

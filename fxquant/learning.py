@@ -37,11 +37,11 @@ def learning_passes(
     """Return the passes of the stages of `recipe` that learn, in order; say before work starts what the cache will need."""
     stages = [stage for stage in recipe.stages if stage in UNIT_WISE + NETWORK_WISE]
     if any(stage in UNIT_WISE for stage in stages):
-        packs = recipe.unit_granularity == "pack"
-        units, count = cut(teacher, "block" if packs else recipe.unit_granularity), sum(map(len, images))
-        packs = packs and "units" in stages
+        blocks = recipe.unit_granularity == "pack"  # which of them become packs is not known yet
+        units, count = cut(teacher, "block" if blocks else recipe.unit_granularity), sum(map(len, images))
         share = 0.5 if recipe.cache_dtype == "bfloat16" else 1.0
         stored = share, recipe.unit_fisher != "none", recipe.unit_correction_iterations > 0
+        packs = blocks and "units" in stages
         if packs:
             need = peak_need_of_packs(teacher, units, count, recipe.pack_length, *stored)
         else:

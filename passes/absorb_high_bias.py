@@ -95,7 +95,7 @@ class AbsorbHighBias(Pass):
 
 
 def _of_norm(norm: FoldedNorm) -> tuple[Tensor, Tensor, Tensor]:
-    mean, deviation = norm.factor.double() * norm.mean + norm.shift, (norm.factor.double() * norm.deviation).abs()
+    mean, deviation = norm.outputs()
     return mean, deviation, torch.full_like(mean, torch.inf)
 
 
@@ -136,7 +136,7 @@ def _pads_zeros(node: Node) -> bool:
 def _move(gm: GraphModule, link: Link, part: Tensor) -> None:
     for node, place in link.clamps:
         bound = spread_bound(node, place, part)
-        part = torch.minimum(part, bound.flatten())
+        part = torch.minimum(part, bound.flatten()[:: place.width])
     path = str(link.layer.target)
     put_module(gm, path, shifted(module_of(link.layer), -part))
     update_norm(gm, path, torch.ones_like(part), -part)

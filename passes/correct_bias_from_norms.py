@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxquant.channels import blocks
+from fxquant.channels import blocks, why_not_read
 from fxquant.expectations import Expected, expectations
 from fxquant.graph import module_of, put_module
 from fxquant.kinds import is_layer, kind
@@ -29,7 +29,8 @@ class CorrectBiasFromNorms(Pass):
     `CorrectBias` measures the means, of activations' errors too, and corrects more.
 
     Refused where ``E[x]`` is not known: behind the images, a layer that had no batch norm, or what changes means by more than a norm tells
-    (max pooling, a ReLU behind a sum, GELU). Zero padding is not counted: at borders less is corrected than there is.
+    (max pooling, a ReLU behind a sum, GELU); in transposed convolutions, whose outputs read a share of the taps; and in frozen layers. Zero
+    padding is not counted: at borders, where some taps read it, too much is corrected.
     """
 
     after = (FoldBatchNorm, InsertFakeQuant)
@@ -46,22 +47,22 @@ class CorrectBiasFromNorms(Pass):
             if isinstance(means, str):
                 self.skip(node, means)
                 continue
-            put_module(gm, path, layer.scaled(torch.ones_like(layer.weight_quantizer.scale.flatten()), -_shift(layer, means)))
+            put_module(gm, path, layer.scaled(layer.weight.new_ones(len(layer.weight_quantizer.scale)), -_shift(layer, means)))
             done.add(path)
             self.changed()
         gm.meta[DONE] = tuple(sorted(done))
 
 
 def _inputs(node: Node, layer: QuantizedLayer, known: Expected | str) -> Tensor | str:
-    """Return the mean of each input of a layer, ``[groups * inputs of a group]``, or why it is not known."""
+    """Return the mean of each input of a layer, or why it is not known."""
+    if layer.frozen:
+        return "is frozen: what its weights were before they were rounded is not known"
+    if kind(node) == "conv_transpose":
+        return "is a transposed convolution, whose outputs read a share of the taps each"
     if isinstance(known, str):
         return known
-    source = node.all_input_nodes[0].meta["val"]
-    groups, _, inputs, _ = blocks(layer, layer.weight.detach()).shape
-    means = known.mean.repeat_interleave(known.place.width)
-    if known.place.axis != (source.ndim - 1 if kind(node) == "linear" else 1) or len(means) != groups * inputs:
-        return "reads channels as positions"
-    return means
+    why = why_not_read(node, node.all_input_nodes[0], known.place)
+    return known.mean.repeat_interleave(known.place.width) if why is None else why
 
 
 @torch.no_grad()

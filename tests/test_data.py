@@ -229,3 +229,19 @@ def test_augmentation_that_leaves_every_second_image_alone_is_noticed(batch_size
         torch.manual_seed(seed)
         assert is_random(DataLoader(Flipped(), batch_size))
     assert not is_random(DataLoader(torch.arange(24.0).view(8, 3, 1, 1), batch_size))
+
+
+def test_a_loader_that_keeps_its_place_in_itself_is_not_random():
+    """Each pass starts it anew, so two may not run side by side."""
+
+    class Rewinding:
+        def __iter__(self):
+            self.place = -1
+            return self._rows()
+
+        def _rows(self):
+            while self.place < 3:
+                self.place += 1
+                yield torch.full((2, 3, 2, 2), float(self.place))
+
+    assert not is_random(Rewinding())

@@ -138,6 +138,13 @@ def test_ablation_on_a_network_of_ones_own(tmp_path: Path) -> None:
     assert sorted(line.split("|")[2].strip() for line in lines[2:]) == names
 
 
+def test_an_unknown_variant_of_the_ablation_is_named(tmp_path: Path, stopped: Callable[..., tuple[Any, str, str]]) -> None:
+    (tmp_path / "zoo.py").write_text(ZOO)
+    code, _, errors = stopped("06_reconstruction.py", str(tmp_path), "--ablation", "standard", "weigths")
+    assert code == 2
+    assert "no variant begins with 'weigths'; there are: standard, without the bias stage" in errors
+
+
 def test_transformers_on_a_network_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "zoo.py").write_text(ZOO)
     words = ["--networks", "cifar10_resnet20", "--settings", "W4A4", "W3A4", "--recipes", "ranges", "erq", "--seeds", "0"]

@@ -221,6 +221,12 @@ def test_images_of_another_form_are_refused_by_name(simulation, x):
         fxquant.lower(simulation)(x)
 
 
+@needs_vnni
+def test_images_of_another_form_are_refused_where_compiled(simulation):
+    with pytest.raises(Exception, match=r"images are of shape \[2, 4, 16, 16\], and the network takes floats \[N, 3, H, W\]"):
+        torch.compile(fxquant.lower(simulation), fullgraph=True, backend="eager")(torch.zeros(2, 4, 16, 16))
+
+
 def test_module_wrappers_are_seen_through(simulation):
     if cpu.unavailable() is None:
         assert isinstance(fxquant.lower(nn.DataParallel(simulation)), torch.fx.GraphModule)

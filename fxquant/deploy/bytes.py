@@ -77,6 +77,8 @@ class ToFloat32(nn.Module):
             ModelError: images of another form.
         """
         if images.ndim != 4 or images.shape[1] != self.channels or not images.is_floating_point():
+            if torch.compiler.is_compiling():  # what compiles cannot make the error below, but shows the words of this one
+                raise ValueError(f"images are of shape {list(images.shape)}, and the network takes floats [N, {self.channels}, H, W]")
             raise ModelError(
                 f"are {str(images.dtype).removeprefix('torch.')} of shape {list(images.shape)}",
                 where="images",
@@ -89,7 +91,7 @@ class ToFloat32(nn.Module):
 
 
 def cast_images(gm: GraphModule) -> None:
-    """Let `gm` take images in half precision: they become float32 before anything else."""
+    """Let `gm` take images in half precision, which become float32 before anything else, and refuse what are no images by name."""
     for node in gm.graph.find_nodes(op="placeholder"):
         if is_tensor(node) and node.users:
             path = free_path(gm, "to_float32")

@@ -122,7 +122,7 @@ def choose_ranges_again(visit: Visit, student: GraphModule, recipe: Recipe) -> N
     graph = fork(visit.student)
     rows = torch.arange(min(RANGE_IMAGES, visit.store.count)).split(BATCH)
     for node, module in list(called(graph)):
-        if not isinstance(module, UniformQuantizer):
+        if not isinstance(module, UniformQuantizer) or visit.is_settled(module):
             continue
         path = str(node.target)
         observer = observer_of(path, module.spec.axis)

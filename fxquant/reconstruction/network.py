@@ -28,6 +28,9 @@ from fxquant.tree import tensors_of
 
 State = dict[str, Tensor]
 
+HARMLESS = 0.1
+"""A training whose error on the held-out images grows by no more has not diverged: ``T^2 KL``, or the normalized error of outputs."""
+
 
 @dataclass(frozen=True)
 class NetworkSettings:
@@ -160,7 +163,7 @@ class NetworkTraining:
                     keep(self._state(step + 1, factor, optimizer, best, average, outcome))
             if step % 10 == 9:
                 show(step + 1, settings.iterations, f"loss {loss.item():.4f}, held out {outcome.behind:.4f}")
-        if not outcome.step and not self._checked(average) <= WORSE * before:
+        if not outcome.step and not self._checked(average) <= max(WORSE * before, before + HARMLESS):
             return None
         self._reset(best)
         self._mix(0.0)

@@ -1,4 +1,4 @@
-"""What folding hides: the statistics of a batch norm, kept for distribution correction while a run lasts."""
+"""What folding hides: the statistics of a batch norm, kept while a run lasts for whoever needs the moments of channels without images."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ class FoldedNorm:
     deviation: Tensor
     factor: Tensor
     shift: Tensor
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """Return mean and deviation of y', float64."""
+        return self.factor.double() * self.mean + self.shift, (self.factor.double() * self.deviation).abs()
 
 
 def norm_distance(output: Tensor, norm: FoldedNorm) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fxquant.quantizers import UniformQuantizer
 from fxquant.quantizers.learned import LearnedQuantizer, Masks, SoftRounding, mixed
 from fxquant.reconstruction.learners import Learners, put_modules
 from fxquant.reconstruction.losses import beta_at, channel_loss, cosine, full_fisher_loss, prediction_loss, rounding_loss
@@ -24,10 +25,10 @@ CHECKED = 256
 """Images on which the error of a unit is measured before and behind."""
 
 WORSE = 1.5
-"""A unit whose error on them grows beyond this factor has diverged,"""
+"""A unit, or a network, whose error grows beyond this factor has diverged,"""
 
 TOLERATED = 1e-3
-"""unless it grows by no more than this share of the target's power."""
+"""unless that of a unit grows by no more than this share of the target's power."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class UnitLearning:
         self.learners = Learners(
             data.visit.student,
             (lambda weight, quantizer: SoftRounding(weight, quantizer, learn_scale)) if settings.rounding_rate else None,
-            (lambda quantizer: LearnedQuantizer(quantizer, learned_scale=settings.activation_rate > 0)) if settings.activations else None,
+            self._activation if settings.activations else None,
             biases=settings.bias_rate > 0,
             float_activations=not settings.activations,
         )
@@ -145,6 +146,10 @@ class UnitLearning:
         self.groups = [{"params": list(values), "peak": factor * rate, "falls": falls} for values, rate, falls in groups if values and rate]
         self.parameters = [parameter for group in self.groups for parameter in group["params"]]  # type: ignore[attr-defined]
         self._order = torch.empty(0, dtype=torch.int64)
+
+    def _activation(self, quantizer: UniformQuantizer) -> LearnedQuantizer:
+        learned = self.settings.activation_rate > 0 and not self.data.visit.is_settled(quantizer)
+        return LearnedQuantizer(quantizer, learned_scale=learned)
 
     def run(self, show: Show) -> bool:
         """Learn; say whether all losses that were looked at are finite."""

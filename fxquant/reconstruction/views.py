@@ -50,9 +50,9 @@ class Views:
         self.loader = repeating if repeating is not None and is_random(repeating) else None
         self._epoch = (-1, rows)
         self._pass = (-1, self.images)
-        blended = (", recolored" if color else "") + (f", {blend:.0%} of the batches blended" if blend else "")
+        changes = (", recolored" if color else "") + (f", {blend:.0%} of the batches blended" if blend else "")
         words = {"none": "the calibration images themselves", "crop": "shifted", "crop+flip": "shifted and mirrored"}
-        self.made = ("passes of the loader" if self.loader is not None else words[augment]) + blended
+        self.made = ("passes of the loader" if self.loader is not None else words[augment]) + changes
 
     def batch(self, step: int) -> Tensor:
         """Return the views ``[size, C, H, W]`` of `step`: every image once an epoch, in another order each time."""

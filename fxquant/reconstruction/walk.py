@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.execution import copied_bytes_per_image
+from fxquant.graph import called
 from fxquant.kinds import kind
+from fxquant.quantizers import UniformQuantizer
 from fxquant.recipe import Recipe
 from fxquant.reconstruction.learners import Learners, without_gradients
 from fxquant.reconstruction.store import Store
@@ -44,6 +45,12 @@ class Visit:
     """Names that are the same on both sides: the images, or all where teacher and student are one graph."""
     activations: bool = True
     """Whether the student's activations are quantized."""
+    settled: frozenset[str] = frozenset()
+    """Paths of quantizers that an earlier unit has learned already: those of images that several units read."""
+
+    def is_settled(self, module: nn.Module) -> bool:
+        """Say whether `module` of the student is one of those."""
+        return any(self.student.get_submodule(path) is module for path in self.settled)
 
     @property
     def axes(self) -> tuple[int | None, ...]:
@@ -119,12 +126,16 @@ class Walk:
     def __iter__(self) -> Iterator[Visit]:
         for name in self.placeholders & self.last.keys():
             self.store.put(name, self.images)
+        settled: set[str] = set()
         for index, unit in enumerate(self.units):
             teacher = extract(self.teacher, unit)
             self._fill(teacher, unit, "float")
             if unit.layers:
                 student = extract(self.student, on_student(unit, self.student))
-                yield Visit(index, unit, teacher, student, self.store, self.shared, self.activations)
+                of_images = {str(node.target) for node, _ in called(student) if node.all_input_nodes[0].name in self.placeholders}
+                of_images = {path for path in of_images if isinstance(student.get_submodule(path), UniformQuantizer)}
+                yield Visit(index, unit, teacher, student, self.store, self.shared, self.activations, frozenset(of_images & settled))
+                settled |= of_images
             if any(name in self.last and name not in self.shared for name in unit.outputs):
                 quantized = extract(self.student, on_student(unit, self.student))
                 self._fill(Learners(quantized, None, None, float_activations=not self.activations).graph, unit, "student")
@@ -192,14 +203,22 @@ def peak_need(
     return peak * count * share
 
 
-def peak_need_of_packs(teacher: GraphModule, units: Sequence[Unit], count: int, length: int, *stored: Any) -> float:
+def peak_need_of_packs(
+    teacher: GraphModule,
+    units: Sequence[Unit],
+    count: int,
+    length: int,
+    share: float = 1.0,
+    gradients: bool = False,
+    corrected: bool = False,
+) -> float:
     """Return the most bytes the cache may hold at once when runs of up to `length` of the inner units with layers are merged into packs.
 
-    Which ones is not known before they are scored, so each run is tried. `stored` are the last three arguments of `peak_need`.
+    Which ones is not known before they are scored, so each run is tried. The last three arguments are those of `peak_need`.
     """
     inner = [index for index, unit in enumerate(units) if unit.layers][1:-1]
     returned = {node.name for node in next(iter(teacher.graph.find_nodes(op="output"))).all_input_nodes}
-    most = peak_need(teacher, units, count, *stored)
+    most = peak_need(teacher, units, count, share, gradients, corrected)
     for place, first in enumerate(inner):
         for last in inner[place + 1 : place + length]:
             run, others = units[first : last + 1], [*units[:first], *units[last + 1 :]]
@@ -207,5 +226,5 @@ def peak_need_of_packs(teacher: GraphModule, units: Sequence[Unit], count: int, 
             read = {name: None for unit in run for name in unit.inputs if name not in made}
             kept = returned.union(*(unit.inputs for unit in others))
             joined = Unit("", (), tuple(read), tuple(name for name in made if name in kept), units[first].layers)
-            most = max(most, peak_need(teacher, [*units[:first], joined, *units[last + 1 :]], count, *stored))
+            most = max(most, peak_need(teacher, [*units[:first], joined, *units[last + 1 :]], count, share, gradients, corrected))
     return most

@@ -14,7 +14,7 @@ import fxquant
 from fxquant.calibration import activation_quantizers, weight_quantizers
 from fxquant.graph import called, fork
 from fxquant.kinds import is_layer
-from fxquant.passes import PREPARE, CorrectBiasFromNorms, InsertFakeQuant, InsertObservers
+from fxquant.passes import PREPARE, CorrectBiasFromNorms, Freeze, InsertFakeQuant, InsertObservers
 from fxquant.pipeline import Pipeline
 from fxquant.placement import place
 from fxquant.quantizers.layers import QuantizedLayer
@@ -100,6 +100,18 @@ def test_as_a_constant_of_a_recipe():
     log = next(log for log in record.passes if log.name == "correct_bias_from_norms")
     assert log.count >= 2 and log.skipped
     assert not any(log.name == "correct_bias" for log in record.passes)
+
+
+def test_transposed_and_frozen_layers_are_refused():
+    parts = {"conv": nn.Conv2d(3, 8, 1), "bn": nn.BatchNorm2d(8), "up": nn.ConvTranspose2d(8, 6, 2, 2), "fc": nn.Linear(6, 4)}
+    teacher, _ = exact(lambda self, x: self.fc(self.up(self.bn(self.conv(x)).relu()).mean((2, 3))), **parts)
+    step = CorrectBiasFromNorms()
+    Pipeline([step]).run(quantized(teacher))
+    assert "transposed" in dict(step.log.skipped)["up"]
+    frozen = Pipeline([Freeze()]).run(quantized(Pipeline([part() for part in PREPARE]).run(once_traced("residual"))))
+    step = CorrectBiasFromNorms()
+    Pipeline([step]).run(frozen)
+    assert step.log.count == 0 and all("frozen" in why for _, why in step.log.skipped)
 
 
 def test_reasons():

@@ -187,6 +187,12 @@ def test_a_loss_that_grows_and_stays_finite_is_tried_again_at_a_tenth(nets):
     assert slow.run(quiet).behind == outcome.behind
 
 
+def test_fine_grids_do_not_diverge_where_nothing_is_left_to_learn():
+    """The error at eight bits is noise around zero, and its sign says nothing."""
+    training = training_of(pair(spread("residual"), 8, 8))
+    assert not training.run(quiet).retried
+
+
 def replace_retried(outcome):
     return replace(outcome, retried=False)
 

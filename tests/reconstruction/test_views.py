@@ -88,8 +88,6 @@ def test_recolored_images_are_affine_in_each_pixel_and_their_own(channels):
     x = torch.randn(40, channels, 6, 6, generator=torch.Generator().manual_seed(0)).double()
     strength = 0.4
     out = recolored(x, strength, torch.Generator().manual_seed(1))
-    tint = (out - x).mean((2, 3)) - (out - x).mean((1, 2, 3))[:, None] if channels == 1 else None
-    assert tint is None or tint.abs().max() < 1e-12
     gray, was = out.mean(1), x.mean(1)  # saturation leaves the mean over channels, so contrast and shift remain
     slope = ((gray - gray.mean((1, 2), True)) * (was - was.mean((1, 2), True))).sum((1, 2)) / (was - was.mean((1, 2), True)).square().sum(
         (1, 2)

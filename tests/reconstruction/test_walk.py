@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from nets import NETS, Net, head, images, prepared, traced
+from nets import NETS, Net, apply, head, images, prepared, traced
 from test_learners import CPU, nudge, pair, soft
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
@@ -213,6 +213,33 @@ def test_the_quantizer_of_the_images_is_learned_with_the_units_that_read_them(na
         learn(student, visit)
         learned |= {str(node.target) for node, _ in called(visit.student)}
     assert "activations.x" in learned
+
+
+def test_the_quantizer_of_images_that_two_units_read_is_learned_once():
+    """What the second unit would make of it would not be what the outputs of the first were cached with."""
+    net = Net(
+        lambda self, x: self.head((self.one(x) + self.two(x)).relu()), one=nn.Conv2d(3, 4, 3), two=nn.Conv2d(3, 4, 3), head=head(4)
+    ).eval()
+    teacher, student = pair(net, 3, 3, edges="integer")
+    batches = uneven()
+    recipe = Recipe.PDQUANT.replace(
+        unit_granularity="layer", unit_iterations=30, unit_correction_iterations=1, unit_batch=8, unit_activation_rate=1e-2
+    )
+    scales = []
+    step = ReconstructUnits(teacher, batches, recipe, 0, CPU)
+    learned, inner = step.__class__._learn, []
+
+    def seeing(self, gm, walk, visit, *rest):
+        learned(self, gm, walk, visit, *rest)
+        scales.append(gm.get_submodule("activations.x").scale.item())
+        inner.append(set(visit.settled))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReconstructUnits, "_learn", seeing)
+        new = apply(student, step)[0]
+    assert inner[:2] == [set(), {"activations.x"}]
+    assert scales[0] != student.get_submodule("activations.x").scale.item()
+    assert {*scales, new.get_submodule("activations.x").scale.item()} == {scales[0]}
 
 
 @pytest.mark.parametrize("name", ["residual", "dense", "attention"])
