@@ -181,6 +181,7 @@ def test_equalization_on_a_network_of_ones_own(tmp_path: Path) -> None:
         "equalized, absorbed by batch norms",
         "equalized, absorbed by 128 images",
         "bias",
+        "bias by batch norms",
         "equalized, absorbed by 128 images, bias",
     }
     assert len((tmp_path / "out" / "equalization.jsonl").read_text().splitlines()) == len(ways)

@@ -25,6 +25,7 @@ PRIVATE = {
     "torch._prims_common": "tracing: the memory order in which batch norms allocate",
     "torch._subclasses": "tracing: fake tensors, on which shape control flow resolves",
     "torch.fx.experimental": "tracing: the shape environment that keeps the batch size symbolic",
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": "coverage: what attention becomes on processors, to count its work",
     "torch.nn.modules.batchnorm": "_BatchNorm, the base class of all batch norms; torch names no public one",
     "torch.nn.modules.conv": "_ConvNd and _ConvTransposeNd, the base classes of all convolutions",
 }

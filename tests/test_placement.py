@@ -20,7 +20,7 @@ from fxquant.kinds import kind
 from fxquant.passes import PREPARE, InsertObservers
 from fxquant.pipeline import Pipeline
 from fxquant.placement import MATMUL_SCALES, LayerPlan, Plan, TensorPlan, _way, is_global_pool, operands, place, source
-from fxquant.recipe import _WORDS
+from fxquant.recipe_values import WORDS
 
 
 def fold(model: nn.Module, size: int = 64) -> GraphModule:
@@ -534,7 +534,7 @@ def test_an_axis_as_long_as_the_batch_is_no_heads():
 
 
 def test_a_recipe_takes_the_same_words():
-    assert _WORDS["matmul_scales"] is MATMUL_SCALES
+    assert WORDS["matmul_scales"] is MATMUL_SCALES
 
 
 def test_a_plan_of_an_older_file_has_one_scale_a_tensor():
