@@ -203,7 +203,8 @@ def _foreign(path: Path, problem: str) -> StorageError:
     return StorageError(
         f"belongs to another architecture: {problem}",
         where=str(path),
-        fix="Build the network as it was when it was quantized (same library versions, same arguments)",
+        fix="Build the network as it was when it was quantized (same library versions, same arguments); where passes such as "
+        "EqualizeChannels changed its graph in front, run them again and pass that graph",
     )
 
 
