@@ -130,13 +130,13 @@ def follow(node: Node, shared: Shared, clamps: bool = True) -> Link | str:
                     return why
                 link.consumers.append((reader, place.width))
                 continue
-            there = place_behind(reader, tensor, place, clamps)
-            if there is None:
+            behind = place_behind(reader, tensor, place, clamps)
+            if behind is None:
                 return _refusal(reader)
             link.words.add(kind(reader))
             if upper_bound(reader) is not None:
-                link.clamps.append((reader, there))
-            todo.append((reader, there))
+                link.clamps.append((reader, behind))
+            todo.append((reader, behind))
     return link if link.consumers else "no layer reads its output"
 
 

@@ -100,6 +100,9 @@ def sums_of_halves(
     """Return the sums over every second image, and over the others; of a single image: over its tokens.
 
     Args:
+        layer: a linear layer or 2-D convolution without groups, whose weight gives the sizes.
+        read: what goes into it, batch by batch, ``[..., inputs]`` or ``[N, C, H, W]``.
+        wanted: what should come out, of the shapes that the layer gives.
         axis: along which the images of a batch lie, each with as many rows as the next (the windows of an image, say).
         sizes: images in each batch.
     """

@@ -89,9 +89,9 @@ def quantize(
         ordered = in_one_order(calib_loader)
         calib_loader = calib_loader if ordered is None else ordered
         images = rebatch(collect(calib_loader, next((p.dtype for p in model.parameters()), torch.float32)))
-        graph = traced(model, images[0].to(device)).to(device)
 
-        teacher = (prepare := Pipeline([step() for step in passes.PREPARE], narrator.passed, narrator.bar)).run(graph)
+        prepare = Pipeline([step() for step in passes.PREPARE], narrator.passed, narrator.bar)
+        teacher = prepare.run(traced(model, images[0].to(device)).to(device))
         plan = place(teacher, w, a, edges, overrides, recipe.matmul_scales)
         narrator.line("place", f"{len(plan.layers)} layers, {len(plan.tensors)} tensors, edges {edges!r}: {EDGES[edges]}")
         some = affordable_images(images, recipe.bias_images, recipe, teacher, device)

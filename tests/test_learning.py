@@ -41,14 +41,12 @@ BRIEFLY: dict[str, Any] = {
 """Constants with which the stages that learn are over in a moment."""
 
 RATES: dict[str, Any] = {
-    **{
-        "unit_rounding_rate": 0.03,
-        "finish_weight_rate": 0.1,
-        "finish_level_power": 1.0,
-        "finish_fine_power": 0.0,
-        "unit_scale_rate": 1e-5,
-        "output_kl_rate": 3e-3,
-    },
+    "unit_rounding_rate": 0.03,
+    "unit_scale_rate": 1e-5,
+    "output_kl_rate": 3e-3,
+    "finish_weight_rate": 0.1,
+    "finish_level_power": 1.0,
+    "finish_fine_power": 0.0,
     **dict.fromkeys(("unit_activation_rate", "unit_bias_rate", "scales_rate"), 1e-3),
     **dict.fromkeys(("finish_scale_rate", "finish_activation_rate", "finish_bias_rate"), 2e-3),
 }

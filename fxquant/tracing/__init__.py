@@ -63,6 +63,13 @@ def trace(model: nn.Module, example: Tensor, *, leaf_modules: tuple[type[nn.Modu
             FxquantWarning(f"{part} is in train mode; a copy in eval mode is traced. Call model.eval() first to silence this."),
             stacklevel=2,
         )
+    scripted = next((name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise TraceError(
+            "is TorchScript, whose operations cannot be seen",
+            where=scripted or type(model).__name__,
+            fix="Use the Python module it was made from",
+        )
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), example.device)
     # The caller's modes are none of the graph's business.
     can_autocast = torch.amp.is_autocast_available(device.type)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -43,5 +44,5 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return module.module
     # torch._dynamo.OptimizedModule, recognized by its one attribute: importing dynamo for the test would take seconds.
-    inner = module._modules.get("_orig_mod")
+    inner = None if isinstance(module, torch.jit.ScriptModule) else module._modules.get("_orig_mod")
     return inner if isinstance(inner, nn.Module) else None

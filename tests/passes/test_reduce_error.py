@@ -230,9 +230,8 @@ def test_halves_hold_whole_images(form):
         if form == "conv":
             read.append(numbers.view(-1, 1, 1, 1).expand(-1, 1, 2, 3))
         else:
-            tokens = (
-                numbers.repeat_interleave(2 if "windows" in form else 1).view(-1, 1, 1).expand(-1, 6 // (2 if "windows" in form else 1), 1)
-            )
+            windows = 2 if "windows" in form else 1
+            tokens = numbers.repeat_interleave(windows).view(-1, 1, 1).expand(-1, 6 // windows, 1)
             read.append(tokens.transpose(0, 1) if form == "[L, N, C]" else tokens)
         first += size
     layer = nn.Conv2d(1, 1, 1) if form == "conv" else nn.Linear(1, 1)

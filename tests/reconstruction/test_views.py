@@ -89,10 +89,9 @@ def test_recolored_images_are_affine_in_each_pixel_and_their_own(channels):
     strength = 0.4
     out = recolored(x, strength, torch.Generator().manual_seed(1))
     gray, was = out.mean(1), x.mean(1)  # saturation leaves the mean over channels, so contrast and shift remain
-    slope = ((gray - gray.mean((1, 2), True)) * (was - was.mean((1, 2), True))).sum((1, 2)) / (was - was.mean((1, 2), True)).square().sum(
-        (1, 2)
-    )
-    torch.testing.assert_close(gray - gray.mean((1, 2), True), slope[:, None, None] * (was - was.mean((1, 2), True)))
+    toned, before = gray - gray.mean((1, 2), True), was - was.mean((1, 2), True)
+    slope = (toned * before).sum((1, 2)) / before.square().sum((1, 2))
+    torch.testing.assert_close(toned, slope[:, None, None] * before)
     assert 1 - strength <= slope.min() < 0.75 and 1.25 < slope.max() <= 1 + strength
     shift = gray.mean((1, 2)) - was.mean((1, 2))
     assert shift.abs().max() <= strength / 2 and len(set(shift.tolist())) == 40

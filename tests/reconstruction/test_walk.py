@@ -221,23 +221,20 @@ def test_the_quantizer_of_images_that_two_units_read_is_learned_once():
         lambda self, x: self.head((self.one(x) + self.two(x)).relu()), one=nn.Conv2d(3, 4, 3), two=nn.Conv2d(3, 4, 3), head=head(4)
     ).eval()
     teacher, student = pair(net, 3, 3, edges="integer")
-    batches = uneven()
     recipe = Recipe.PDQUANT.replace(
         unit_granularity="layer", unit_iterations=30, unit_correction_iterations=1, unit_batch=8, unit_activation_rate=1e-2
     )
-    scales = []
-    step = ReconstructUnits(teacher, batches, recipe, 0, CPU)
-    learned, inner = step.__class__._learn, []
+    scales, settled, learn_one = [], [], ReconstructUnits._learn
 
     def seeing(self, gm, walk, visit, *rest):
-        learned(self, gm, walk, visit, *rest)
+        learn_one(self, gm, walk, visit, *rest)
         scales.append(gm.get_submodule("activations.x").scale.item())
-        inner.append(set(visit.settled))
+        settled.append(set(visit.settled))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ReconstructUnits, "_learn", seeing)
-        new = apply(student, step)[0]
-    assert inner[:2] == [set(), {"activations.x"}]
+        new = apply(student, ReconstructUnits(teacher, uneven(), recipe, 0, CPU))[0]
+    assert settled[:2] == [set(), {"activations.x"}]
     assert scales[0] != student.get_submodule("activations.x").scale.item()
     assert {*scales, new.get_submodule("activations.x").scale.item()} == {scales[0]}
 

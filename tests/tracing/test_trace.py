@@ -18,6 +18,7 @@ from torchvision.models import mobilenet_v2, resnet18, swin_t
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import Conv2dNormActivation
 
+import fxquant
 from fxquant.errors import FxquantWarning, TraceError
 from fxquant.tracing import trace
 
@@ -604,6 +605,15 @@ def with_keys_of_its_own(self: Any, x: Tensor) -> Tensor:
 def test_what_no_node_can_say(model: nn.Module, words: str) -> None:
     with pytest.raises(TraceError, match=rf"test_trace\.py:\d+: .*{words}"):
         trace(model, IMAGES)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_scripted_modules_are_named(whole: bool) -> None:
+    part = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval())
+    model, where = (part, type(part).__name__) if whole else (nn.Sequential(nn.Identity(), part).eval(), "1")
+    for call in (lambda: trace(model, IMAGES), lambda: fxquant.quantize(model, [IMAGES], progress=False)):
+        with pytest.raises(TraceError, match=rf"^{where}: is TorchScript, whose operations cannot be seen. Use the Python module"):
+            call()
 
 
 def test_more_than_one_input() -> None:
