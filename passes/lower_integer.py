@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxquant.deploy.between import copy_on_bytes, cut_of, pooled_bytes, terms_of
+from fxquant.deploy.between import copy_on_bytes, cut_of, pooled_bytes, quantize_in_front_of_concats, terms_of
 from fxquant.deploy.bytes import Dequantize, Quantize, cast_images
 from fxquant.deploy.integers import Grid, IntegerLayer, integer_layer
 from fxquant.deploy.pooled import PooledIntegerLayer
-from fxquant.graph import called, free_path, is_tensor, module_of, put_module
+from fxquant.graph import behind, called, free_path, is_tensor, module_of, put_module
 from fxquant.grids import carried_grids
 from fxquant.kinds import QUANTIZED, WEIGHTED, kind
 from fxquant.passes.append_cat import AppendCAT
 from fxquant.passes.freeze import Freeze
 from fxquant.pipeline import Pass
 from fxquant.placement import layer_name
-from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers import LogQuantizer, UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
 
 
@@ -48,11 +49,12 @@ class LowerInteger(Pass):
 
         q -> conv -> relu -> q                      =>     bytes -> integer conv -> bytes
         q -> conv -> (+ q) -> relu -> q             =>     bytes, bytes -> integer conv -> bytes
+        conv, conv -> concat -> q                   =>     bytes, bytes -> concat -> bytes
         q -> global pool -> fc                      =>     bytes -> pooled integer linear -> float
 
-    A tensor with a quantizer travels as bytes; views, zero padding and max pooling work on the bytes. Everything else reads the floats that
-    the bytes stand for, as in the simulation; a compiler fuses those conversions into it. What stays simulated is skipped with its reason:
-    layers that read floats (the first), matmuls, weights that do not fit a signed byte.
+    A tensor with a quantizer travels as bytes; views, zero padding, max pooling and concatenations work on the bytes. Everything else reads
+    the floats that the bytes stand for, as in the simulation; a compiler fuses those conversions into it, and a note counts what it is.
+    What stays simulated is skipped with its reason: layers that read floats (the first), matmuls, weights that do not fit a signed byte.
 
     Args:
         backend: what builds and refuses integer layers.
@@ -68,9 +70,10 @@ class LowerInteger(Pass):
 
     def run(self, gm: GraphModule) -> None:
         self.gm, self.pooled = gm, dict[Node, Node]()
+        concats = quantize_in_front_of_concats(gm)
         quantizers = ((node, module) for node, module in called(gm) if isinstance(module, UniformQuantizer))
         self.quantizers = {node: Grid.of(module) for node, module in quantizers if module.spec.axis is None}
-        self.grids = carried_grids(gm, self.quantizers)
+        self.grids = carried_grids(gm, self.quantizers | concats)
         self.layers = {node: found for node in gm.graph.nodes if kind(node) in QUANTIZED and (found := self._integers(node)) is not None}
         self.order = {node: place for place, node in enumerate(gm.graph.nodes)}
         fusions = {quantizer: fusion for quantizer in self.quantizers if (fusion := self._fusion(quantizer)) is not None}
@@ -86,6 +89,7 @@ class LowerInteger(Pass):
             elif node in self.layers and node not in fused:
                 self._lower(node)
         if self.log.count:
+            self._note_floats()
             cast_images(gm)
 
     def _integers(self, node: Node) -> IntegerLayer | None:
@@ -156,11 +160,24 @@ class LowerInteger(Pass):
         if is_tensor(node):
             floats = self._call(codes, free_path(self.gm, f"{node.name}_floats"), Dequantize(self.grids[node]), codes)
             node.replace_all_uses_with(floats)
+            for reader in [user for user in floats.users if kind(user) == "size"]:
+                reader.replace_input_with(floats, codes)
             self.bytes[floats], self.grids[floats] = codes, self.grids[node]
 
-    def _call(self, behind: Node, path: str, module: nn.Module, *inputs: Node) -> Node:
+    def _note_floats(self) -> None:
+        """Note what computes on floats besides the layers that are skipped by name; what is new in the graph has no traced value."""
+        modules, on_bytes, found = dict(called(self.gm)), set(self.bytes.values()), Counter[str]()
+        for node in behind(self.gm.graph.output_node()) - on_bytes:
+            moves = kind(node) in ("view", "getitem", "input", "constant", "output")
+            if is_tensor(node) and not moves and not isinstance(modules.get(node), QuantizedLayer | UniformQuantizer | LogQuantizer):
+                word = kind(node) if kind(node) != "other" else str(node.target)
+                found[word] += 1
+        if found:
+            self.note("in floats beside them: " + ", ".join(f"{count} {word}" for word, count in sorted(found.items())))
+
+    def _call(self, place: Node, path: str, module: nn.Module, *inputs: Node) -> Node:
         put_module(self.gm, path, module)
-        with self.gm.graph.inserting_after(behind):
+        with self.gm.graph.inserting_after(place):
             return self.gm.graph.call_module(path, inputs)
 
 

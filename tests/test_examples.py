@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from fxquant.deploy import cpu
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -162,7 +165,13 @@ def test_transformers_on_a_network_of_ones_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "given"),
-    [("02_cifar10_resnet20.py", True), ("11_transformers.py", False), ("11_transformers.py", True), ("12_equalization.py", True)],
+    [
+        ("02_cifar10_resnet20.py", True),
+        ("11_transformers.py", False),
+        ("11_transformers.py", True),
+        ("12_equalization.py", True),
+        ("13_lowered_equality.py", True),
+    ],
 )
 def test_says_that_it_needs_a_zoo(name: str, given: bool, tmp_path: Path, stopped: Callable[..., tuple[Any, str, str]]) -> None:
     code, _, errors = stopped(name, *[str(tmp_path)] * given)
@@ -192,3 +201,18 @@ def test_benchmark_reconstruction_on_a_network_of_ones_own(tmp_path: Path) -> No
     done = run("07_benchmark_reconstruction.py", str(tmp_path), "--rounds", "1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| 2.2 |") == 2
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+def test_a_lowered_network_is_compared_byte_by_byte(tmp_path: Path) -> None:
+    (tmp_path / "zoo.py").write_text(ZOO)
+    words = ["--networks", "cifar10_resnet20", "--settings", "W4A4", "--edges", "integer", "--out", str(tmp_path / "out")]
+    done = run("13_lowered_equality.py", str(tmp_path), *words)
+    assert done.returncode == 0, done.stderr
+    *_, row = done.stdout.splitlines()
+    name, bits, edges, _, differing, eager, compiled = (cell.strip() for cell in row.strip("|").split("|"))
+    assert (name, bits, edges) == ("cifar10_resnet20", "W4A4", "integer")
+    assert re.fullmatch(r"0 of [1-9][\d,]+", differing)
+    assert eager.startswith("0, ")
+    assert compiled.startswith("0, ") and compiled.endswith(", 0")
+    assert (tmp_path / "out" / "equality.md").read_text().splitlines()[-1] == row

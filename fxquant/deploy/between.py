@@ -1,4 +1,4 @@
-"""What lowering asks of the operations between layers: what they cut, which tensors they add or pool, and what they are on bytes."""
+"""What lowering asks of the operations between layers: what they join, cut, add or pool, and what they are on bytes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,39 @@ from torch.fx import GraphModule, Node
 
 from fxquant.deploy.bytes import ByteMaxPool2d, BytePad
 from fxquant.deploy.integers import Grid
-from fxquant.graph import argument, free_path, is_tensor, module_of, put_module
+from fxquant.graph import argument, called, free_path, is_tensor, module_of, put_module
 from fxquant.grids import max_pool, zero_padding
 from fxquant.kinds import kind
 from fxquant.placement import is_global_pool
+from fxquant.quantizers import UniformQuantizer
+
+
+def quantize_in_front_of_concats(gm: GraphModule) -> dict[Node, Grid]:
+    """Move quantizers from behind concatenations onto what these join; return the concatenations, with the grids they are on then.
+
+        conv, conv -> concat -> q        =>        conv -> q, conv -> q -> concat
+
+    A quantizer with one grid for the tensor works element by element, so that values stay as they are, and the layers in front give bytes.
+    """
+    joined: dict[Node, Grid] = {}
+    found = [node for node, module in called(gm) if isinstance(module, UniformQuantizer) and module.spec.axis is None]
+    for quantizer in found:  # which grows: concatenations of concatenations
+        concat = quantizer.all_input_nodes[0]
+        if kind(concat) != "concat" or len(concat.users) > 1:
+            continue
+        joined[concat] = Grid.of(module_of(quantizer))  # type: ignore[arg-type]
+        for part in concat.all_input_nodes:
+            with gm.graph.inserting_after(part):
+                found.append(gm.graph.call_module(str(quantizer.target), (part,)))
+            found[-1].meta = dict(part.meta)
+            concat.replace_input_with(part, found[-1])
+        quantizer.replace_all_uses_with(concat)
+        gm.graph.erase_node(quantizer)
+    return joined
 
 
 def copy_on_bytes(gm: GraphModule, node: Node, codes: Mapping[Node, Node], grid: Grid) -> Node:
-    """Insert behind `node` what it does, on the bytes that `codes` has for its first input; return the new node."""
+    """Insert behind `node` what it does, on the bytes that `codes` has for its inputs; return the new node."""
     module: nn.Module | None = None
     if kind(node) == "max_pool":
         pooling = max_pool(node)
@@ -26,13 +51,12 @@ def copy_on_bytes(gm: GraphModule, node: Node, codes: Mapping[Node, Node], grid:
         padding = zero_padding(node)
         assert padding is not None
         module = BytePad(padding, grid)
-    moved = node.all_input_nodes[0]
     with gm.graph.inserting_after(node):
         if module is None:
-            return gm.graph.node_copy(node, lambda source: codes[source] if source is moved else source)
+            return gm.graph.node_copy(node, lambda source: codes.get(source, source))
         path = free_path(gm, f"{node.name}_bytes")
         put_module(gm, path, module)
-        return gm.graph.call_module(path, (codes[moved],))
+        return gm.graph.call_module(path, (codes[node.all_input_nodes[0]],))
 
 
 def cut_of(node: Node) -> tuple[float, float] | None:

@@ -17,6 +17,7 @@ from fxquant.deploy.bytes import Dequantize, Quantize
 from fxquant.deploy.cpu import CpuBackend, CpuIntegerLayer
 from fxquant.deploy.integers import Grid, IntegerLayer
 from fxquant.graph import called
+from fxquant.kinds import kind
 from fxquant.passes import LowerInteger
 from fxquant.pipeline import PassLog
 
@@ -140,6 +141,63 @@ def test_a_residual_that_is_read_later_and_one_that_is_the_input():
     compiled = fxquant.compile(new)
     with torch.no_grad():
         assert torch.allclose(compiled(images(8)), new(images(8)), atol=1e-5)
+
+
+def test_concatenations_join_bytes():
+    """The quantizer behind them goes in front, through concatenations of concatenations; a part on another grid is quantized anew."""
+
+    def body(s, x):
+        y = F.relu(s.a(x))
+        inner = torch.cat([F.relu(s.b(y)), s.c(y), F.max_pool2d(y, 3, 1, 1)], dim=1)
+        z = s.c(y).sigmoid()
+        return s.d(torch.cat((inner, z, z, y), 1)) + z.mean()
+
+    gm = quantize(Net(body, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 4, 1), c=nn.Conv2d(4, 2, 1), d=nn.Conv2d(18, 4, 1)))
+    new, log = lowered(gm)
+    assert log.count == 4
+    assert operations(new) == [
+        *("ToFloat32", "QuantizedConv2d", "relu", "Quantize", "Dequantize", "Quantize"),
+        *("CpuIntegerLayer", "CpuIntegerLayer", "ByteMaxPool2d", "Dequantize", "Quantize", "cat"),
+        *("CpuIntegerLayer", "sigmoid", "Quantize", "cat"),
+        *("CpuIntegerLayer", "mean", "add"),
+    ]
+    assert_same(gm, new, images(8))
+
+
+def test_a_concatenation_that_something_else_reads_stays_float():
+    def body(s, x):
+        y = F.relu(s.a(x))
+        return s.d(torch.cat([s.b(y), s.b(y)], 1))
+
+    gm = quantize(Net(body, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 4, 1), d=nn.Conv2d(8, 4, 1)))
+    (concat,) = (node for node in gm.graph.nodes if kind(node) == "concat")
+    output = gm.graph.output_node()
+    with gm.graph.inserting_before(output):
+        output.args = (gm.graph.call_function(torch.add, (output.args[0], gm.graph.call_function(torch.mean, (concat,)))),)
+    gm.recompile()
+    new, log = lowered(gm)
+    assert operations(new)[4:8] == ["CpuIntegerLayer", "CpuIntegerLayer", "cat", "Quantize"]
+    assert "1 concat" in log.notes[0]
+    assert_same(gm, new, images(8))
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("residual", "1 add, 2 relu"),
+        ("squeeze_excite", "1 hardswish, 1 mul, 1 relu, 1 sigmoid"),
+        ("dense", "3 batch_norm, 2 concat, 3 relu"),
+        ("shuffle", "1 relu"),
+    ],
+)
+def test_what_computes_on_floats_is_noted(name, note):
+    assert lowered(simulated(name, 4, 4))[1].notes == [f"in floats beside them: {note}"]
+
+
+def test_sizes_are_read_off_bytes():
+    new, _ = lowered(simulated("shuffle", 4, 4))
+    (left,) = (node for node, module in called(new) if isinstance(module, Dequantize))
+    assert [kind(reader) for reader in left.users] == ["other"]  # the Quantize of the half that goes on to another grid
 
 
 def test_views_and_padding_move_bytes():
