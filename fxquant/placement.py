@@ -14,7 +14,12 @@ quantized for a layer:
                   +-> k -[q]-> transpose --^                        |
                   '-> v -[q]----------------------------------------'
 
-The network's input is not quantized (but with ``edges="integer"``), nor is its output, a bias, or a sum that only feeds another sum.
+The network's input is not quantized, nor is its output, a bias, or a sum that only feeds another sum. With ``edges="integer"`` the input
+is, and so is the shorter branch where two layers are added, so that nothing but bytes travels through a ResNet:
+
+    x -[q]-+-> conv -> ... -> conv ------> add -> relu -[q]->
+           '-> downsample ---[q, 8 bits]---^
+
 On ResNet, MobileNetV2, RegNetX and MNasNet this is the placement of PD-Quant, QDrop and BRECQ.
 """
 
@@ -38,7 +43,8 @@ EDGES = {
     "brecq": "first and last weights, the last layer's input and the first layer's output at 8 bits",
     "same": "first and last layers like all others",
     "float": "first and last layers not quantized",
-    "integer": "first and last weights, the last layer's input and the images at 8 bits, so that the first layer runs on integers too",
+    "integer": "first and last weights, the last layer's input, the images and one of two layers that are added at 8 bits, so that all run "
+    "on integers",
 }
 
 MATMUL_SCALES = ("tensor", "head")
@@ -46,6 +52,7 @@ MATMUL_SCALES = ("tensor", "head")
 
 _MOVES_VALUES = {"view", "getitem", "pad", "max_pool"}
 _PICKS = {"select", "narrow", torch.select, torch.narrow}
+_CUTS = {"relu", "relu6", "hardtanh"}
 _PRODUCTS = QUANTIZED - WEIGHTED
 _HEADS = 1
 
@@ -140,6 +147,8 @@ def place(
     for name, node in ops.items():
         edge = ", ".join(word for word, members in (("first", first), ("last", last)) if node in members)
         plan.layers[name] = LayerPlan(name, kind(node), bits[name]["w"] if kind(node) in WEIGHTED else None, read.get(name), edge)
+    if edges == "integer":
+        _place_shortcuts(plan, ops)
     if not plan.tensors and all(layer.w is None for layer in plan.layers.values()):
         raise ConfigError("leave every weight and activation float", where="edges and overrides", fix="Give bits to one layer at least")
     return plan
@@ -229,6 +238,22 @@ def _place_tensors(plan: Plan, ops: Mapping[str, Node], wanted: Mapping[str, int
             plan.tensors[node.name] = TensorPlan(node.name, bits, tuple(asking), kind(source(node)) == "softmax", axis)
             read |= {name: max(bits, read.get(name, 0)) for name in readers[node]}
     return read
+
+
+def _place_shortcuts(plan: Plan, ops: Mapping[str, Node]) -> None:
+    """Add to `plan` one of two convolutions whose sum is quantized, at 8 bits: the one that reads the block's input as others do."""
+    convolutions = {node: place for place, (name, node) in enumerate(ops.items()) if kind(node) == "conv" and plan.layers[name].a}
+    for node in next(iter(ops.values())).graph.nodes:
+        terms = [term for term in node.all_input_nodes if term in convolutions and len(term.users) == 1]
+        if kind(node) == "add" and len(terms) == 2 and _is_quantized_behind_cuts(plan, node):
+            shortcut = max(terms, key=lambda term: (len(operands(term)[0].users), convolutions[term]))
+            plan.tensors[shortcut.name] = TensorPlan(shortcut.name, 8, (node.name,))
+
+
+def _is_quantized_behind_cuts(plan: Plan, node: Node) -> bool:
+    while node.name not in plan.tensors and len(node.users) == 1 and kind(next(iter(node.users))) in _CUTS:
+        node = next(iter(node.users))
+    return node.name in plan.tensors
 
 
 def _spot(op: Node, way: list[Node], heads: bool) -> Node:

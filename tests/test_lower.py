@@ -238,6 +238,9 @@ def test_integer_edges_leave_no_layer_in_floats(calibration):
     lowered = fxquant.lower(simulation)
     assert fxquant.report(lowered).record.passes[-1].skipped == []
     assert not any(isinstance(module, nn.Conv2d) for module in lowered.modules())
+    assert not any(kind(node) == "add" for node in lowered.graph.nodes), "sums of two layers are calls on bytes"
+    assert sum(isinstance(module, CpuIntegerLayer) and module.residual is not None for module in lowered.modules()) == 2
+    assert fxquant.report(lowered).record.passes[-1].notes == []
     assert_same(lowered, simulation)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.models as zoo
 from nets import NETS, Net, apply, images, prepared
 from torch import nn
@@ -381,9 +382,30 @@ def test_integer_edges_quantize_the_images(name):
     plan, usual = place(gm, 2, 3, "integer"), place(gm, 2, 3)
     (images,) = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
     assert plan.tensors[images].bits == 8
-    assert {node: tensor for node, tensor in plan.tensors.items() if node != images} == usual.tensors
+    shortcuts = {"layers_1_downsample_0": TensorPlan("layers_1_downsample_0", 8, ("add_1",))} if name == "residual" else {}
+    assert {node: tensor for node, tensor in plan.tensors.items() if node != images} == usual.tensors | shortcuts
     assert {layer.a for layer in plan.layers.values() if "first" in layer.edge} == {8}
     assert images not in place(gm, 2, None, "integer").tensors
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        pytest.param(lambda s, x: s.d(F.relu6(s.b(s.a(x)) + s.c(s.a(x)))), ["c"], id="alike: the later one"),
+        pytest.param(lambda s, x: (lambda y: s.d(s.b(y) + s.c(y.relu())))(s.a(x)), ["b"], id="the one that reads what others read"),
+        pytest.param(lambda s, x: (lambda y: s.d(s.b(y) + y))(s.a(x)), [], id="one of them is quantized"),
+        pytest.param(lambda s, x: s.d((s.b(s.a(x)) + s.c(s.a(x))).sigmoid()), [], id="no quantizer behind the sum"),
+        pytest.param(lambda s, x: s.d(s.b(s.a(x)) * s.c(s.a(x))), [], id="a product"),
+        pytest.param(lambda s, x: s.d(s.b(s.a(x)) + s.c(s.a(x)).mean((2, 3), True)), [], id="a sum with means"),
+    ],
+)
+def test_integer_edges_quantize_one_of_two_layers_that_are_added(body, found):
+    gm = prepared(Net(body, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 4, 1), c=nn.Conv2d(4, 4, 1), d=nn.Conv2d(4, 4, 1)))
+    plan, usual = place(gm, 2, 3, "integer"), place(gm, 2, 3)
+    (images,) = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    assert sorted({*plan.tensors} - {*usual.tensors, images}) == found
+    assert {plan.tensors[name].bits for name in found} <= {8}
+    assert not {*place(gm, 2, None, "integer").tensors} & {"b", "c"}
 
 
 def operands_of(gm: GraphModule, plan: Plan) -> dict[str, list[str]]:
