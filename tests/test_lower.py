@@ -155,6 +155,19 @@ def test_two_graphs_for_all_batches(calibration):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+@needs_vnni
+def test_networks_of_one_form_are_compiled_apart(calibration):
+    """Each with its weights: nothing looks at them when a compiled network is called."""
+    nets = [make("chain") for _ in range(2)]
+    torch.nn.init.normal_(next(nets[1].parameters()))
+    lowered = [fxquant.lower(fxquant.quantize(net, calibration, 4, 4, False, recipe="fast", progress=False)) for net in nets]
+    for pair in (nets, lowered):
+        compiled = [fxquant.compile(net) for net in pair]
+        for net, fast in zip(pair, compiled, strict=True):
+            with torch.no_grad():
+                torch.testing.assert_close(fast(small_images(4)), net(small_images(4)), rtol=1e-4, atol=1e-4)
+
+
 def test_compiled_float_networks_and_simulations(simulation):
     for network in (make("residual"), simulation):
         with torch.no_grad():
