@@ -35,8 +35,8 @@ class CompiledNetwork(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
-        # Looking at every attribute of every module before each call takes a sixth of the time of MobileNetV2. A graph has code of its own, by
-        # which torch finds what was compiled for it; two networks of a class share theirs, and only those attributes tell them apart.
+        # Looking at every attribute of every module before each call takes a sixth of the time of MobileNetV2. A graph has code of its own,
+        # by which torch finds what was compiled for it; two networks of a class share theirs, and only those attributes tell them apart.
         options: dict[str, Any] = {}
         if isinstance(network, GraphModule):
             options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
