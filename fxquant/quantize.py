@@ -98,7 +98,7 @@ def quantize(
         reparameterize = [passes.ReparameterizeNorms(plan, some, recipe)] if "reparameterize" in recipe.stages else []
         teacher = Pipeline(reparameterize, narrator.passed, narrator.bar).run(teacher)
 
-        observe = passes.InsertObservers(plan)
+        observe = passes.InsertObservers(plan, recipe.matmul_scales)
         observed = observe(teacher).graph_module.to(device)
         if is_changing(calib_loader):
             observe.note("the loader gives other images on each pass; those of the first are the calibration images")

@@ -19,17 +19,25 @@ class InsertObservers(Pass):
 
     relu -+-> conv2                             =>     relu -> [observer] -+-> conv2
           '-> add                                                          '-> add
+
+    Args:
+        plan: what is quantized.
+        matmul_scales: what the plan was made with; where operands of matmuls could not have a scale a head, a note says so.
     """
 
     after = (FoldBatchNorm,)
     preserves_output = True
     verb = "inserted"
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, matmul_scales: str = "tensor"):
         super().__init__()
-        self.plan = plan
+        self.plan, self.matmul_scales = plan, matmul_scales
 
     def run(self, gm: GraphModule) -> None:
+        products = {layer.name for layer in self.plan.layers.values() if layer.kind in ("matmul", "attention")}
+        whole = [tensor.node for tensor in self.plan.tensors.values() if tensor.axis is None and products & {*tensor.readers}]
+        if self.matmul_scales == "head" and whole:
+            self.note(f"one scale, not one a head, for {', '.join(whole)}: not [N, heads, L, d], or a layer reads the same values")
         for node in list(gm.graph.nodes):
             path = f"{FOLDER}.{node.name}"
             if node.name not in self.plan.tensors or any(reader.target == path for reader in node.users):

@@ -69,3 +69,11 @@ def test_an_observed_graph_moves_as_a_whole():
         tensors = [value for value in vars(part).values() if isinstance(value, torch.Tensor)] + list(part.buffers())
         assert tensors
         assert {value.device.type for value in tensors} == {"meta"}
+
+
+@pytest.mark.parametrize(("scales", "noted"), [("tensor", []), ("head", ["add", "softmax_1"])])
+def test_operands_without_heads_are_noted_where_heads_were_asked_for(scales, noted):
+    """The last product of the tiny net pools tokens, of three axes; those in front of it have heads."""
+    gm = prepared("attention")
+    _, log = apply(gm, InsertObservers(place(gm, 8, 8, matmul_scales=scales), scales))
+    assert [note.partition(" for ")[2].partition(":")[0] for note in log.notes] == [", ".join(noted)] * bool(noted)
