@@ -106,4 +106,4 @@ def test_everything_moves_slower_the_finer_the_coarsest_grid(w, a, factor, power
     training = FinishNetwork(teacher, [X], [X], recipe, 0, torch.device("cpu")).training(student)
     wanted = [rate * factor**power for rate in (0.01, 0.002, 0.003, 0.004)]
     assert sorted({rate for _, rate in training.groups}) == pytest.approx(sorted(wanted))
-    assert training.views.color == pytest.approx(0.4 * factor**power)
+    assert training.views.color == pytest.approx(0.4 * factor ** (2 * power))
