@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=NETWORKS, metavar="NAME", help=f"(default: {' '.join(NETWORKS)})")
     parser.add_argument("--bits", nargs="+", default=["W2A2", "W8A8"], metavar="WxAy", help="(default: W2A2 W8A8)")
-    parser.add_argument("--edges", default="integer", choices=EDGES, help="integer: the images at 8 bits, as peers have them (default)")
+    parser.add_argument("--edges", default="integer", choices=EDGES, help="integer: images, shortcuts at 8 bits, as peers have (default)")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32], metavar="N", help="(default: 1 8 32; none: sizes alone)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N", help="(default: 1 2)")
     parser.add_argument("--rounds", type=int, default=15, help="(default: 15)")

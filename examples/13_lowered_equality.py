@@ -22,9 +22,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 
 import fxquant
+from fxquant.deploy import cpu
+from fxquant.deploy.between import quantize_in_front_of_concats
 from fxquant.deploy.bytes import Quantize
 from fxquant.deploy.cpu import CpuIntegerLayer
 from fxquant.deploy.integers import Grid
+from fxquant.graph import fork
 from fxquant.quantizers import UniformQuantizer
 
 runs = importlib.import_module("06_reconstruction")  # beside this file, so it is found where this one is run as a script
@@ -43,6 +46,8 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.path / "zoo.py").is_file():
         parser.error(f"{options.path} has no zoo.py; see --help")
+    if cpu.unavailable():
+        parser.error(f"nothing can be lowered: {cpu.unavailable()}")
     lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|---|" + "---:|" * (len(COLUMNS) - 3)]
     for network in options.networks:
         data = runs.Data(options.path, network, False)
@@ -64,11 +69,13 @@ def compared(data: runs.Data, setting: str, edges: str) -> list[str]:
     simulation = fxquant.quantize(data.model, list(data.calibration.split(BATCH)), w, a, recipe="fast", edges=edges, progress=False)
     lowered = fxquant.lower(simulation)
     compiled = fxquant.compile(lowered)
+    alike = fork(simulation)
+    quantize_in_front_of_concats(alike)  # as lowering does, so that both have the same quantizers in the same order
     differing, count = 0, 0
     logits: dict[str, list[Tensor]] = {"simulated": [], "eager": [], "compiled": []}
     with torch.inference_mode():
         for images in data.images.split(BATCH):
-            wanted, theirs = outputs_and_bytes(simulation, images)
+            wanted, theirs = outputs_and_bytes(alike, images)
             given, mine = outputs_and_bytes(lowered, images)
             pairs = list(zip(mine, theirs, strict=True))
             differing += sum(int((one != other).sum()) for one, other in pairs)

@@ -2,7 +2,8 @@
 
     quantizer -> max_pool -> flatten -> linear          all three tensors are multiples of the quantizer's scale
 
-The walk is that of integer execution, so a view for which torch has no kernel on bytes ends it, in the simulation as well.
+The walk is that of integer execution, so a view for which torch has no kernel on bytes ends it, in the simulation as well. And what an
+integer layer can do besides its products, in front of its rounding: cut to an interval, and add a tensor of the same shape.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxquant.graph import argument, module_of
+from fxquant.graph import argument, is_tensor, module_of
 from fxquant.kinds import kind
 
 T = TypeVar("T")
@@ -70,3 +71,28 @@ def zero_padding(node: Node) -> tuple[int, ...] | None:
         value = argument(node, 3, "value", 0)
     static = isinstance(padding, list | tuple) and all(isinstance(side, int) for side in padding)
     return tuple(padding) if static and mode == "constant" and not value else None
+
+
+def cut_of(node: Node) -> tuple[float, float] | None:
+    """Return the ends that an activation cuts its input to, or None when it does anything else."""
+    word = kind(node)
+    if word == "relu":
+        return 0.0, float("inf")
+    if word == "relu6":
+        return 0.0, 6.0
+    if word == "hardtanh":
+        if node.op == "call_module":
+            module = module_of(node)
+            return float(module.min_val), float(module.max_val)  # type: ignore[arg-type]
+        ends = argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)
+        return (float(ends[0]), float(ends[1])) if all(isinstance(end, int | float) for end in ends) else None
+    return None
+
+
+def terms_of(node: Node) -> tuple[Node, ...]:
+    """Return the two tensors of one shape that `node` adds, or nothing."""
+    if kind(node) != "add" or len(node.args) != 2 or argument(node, 2, "alpha", 1) != 1:
+        return ()
+    terms = [term for term in node.args if isinstance(term, Node) and is_tensor(term) and is_tensor(node)]
+    shapes = [tuple(term.meta["val"].shape[1:]) for term in [*terms, node] if "val" in term.meta]
+    return tuple(terms) if len(terms) == 2 and shapes[0] == shapes[1] == shapes[2] else ()

@@ -14,13 +14,14 @@ quantized for a layer:
                   +-> k -[q]-> transpose --^                        |
                   '-> v -[q]----------------------------------------'
 
-The network's input is not quantized, nor is its output, a bias, or a sum that only feeds another sum. With ``edges="integer"`` the input
-is, and so is the shorter branch where two layers are added, so that nothing but bytes travels through a ResNet:
+The network's input is not quantized, nor is its output, a bias, or a sum that only feeds another sum. On ResNet, MobileNetV2, RegNetX and
+MNasNet this is the placement of PD-Quant, QDrop and BRECQ.
+
+With ``edges="integer"`` the input is quantized, too, and so is the shortcut where the sum of two convolutions is, so that nothing but bytes
+travels through a ResNet:
 
     x -[q]-+-> conv -> ... -> conv ------> add -> relu -[q]->
            '-> downsample ---[q, 8 bits]---^
-
-On ResNet, MobileNetV2, RegNetX and MNasNet this is the placement of PD-Quant, QDrop and BRECQ.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.errors import ConfigError, ModelError, listed, one_of
 from fxquant.graph import argument, is_tensor, module_of
+from fxquant.grids import cut_of, terms_of
 from fxquant.kinds import QUANTIZED, WEIGHTED, kind
 
 EDGES = {
@@ -43,8 +45,8 @@ EDGES = {
     "brecq": "first and last weights, the last layer's input and the first layer's output at 8 bits",
     "same": "first and last layers like all others",
     "float": "first and last layers not quantized",
-    "integer": "first and last weights, the last layer's input, the images and one of two layers that are added at 8 bits, so that all run "
-    "on integers",
+    "integer": "first and last weights, the last layer's input, the images and convolutions on shortcuts at 8 bits, so that sums and the "
+    "first layer run on integers too",
 }
 
 MATMUL_SCALES = ("tensor", "head")
@@ -52,7 +54,6 @@ MATMUL_SCALES = ("tensor", "head")
 
 _MOVES_VALUES = {"view", "getitem", "pad", "max_pool"}
 _PICKS = {"select", "narrow", torch.select, torch.narrow}
-_CUTS = {"relu", "relu6", "hardtanh"}
 _PRODUCTS = QUANTIZED - WEIGHTED
 _HEADS = 1
 
@@ -71,7 +72,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One quantized tensor: the node that makes it, its bits and the layers that read it."""
+    """One quantized tensor: the node that makes it, its bits and the layers that read it (on a shortcut: the sum)."""
 
     node: str
     bits: int
@@ -241,17 +242,18 @@ def _place_tensors(plan: Plan, ops: Mapping[str, Node], wanted: Mapping[str, int
 
 
 def _place_shortcuts(plan: Plan, ops: Mapping[str, Node]) -> None:
-    """Add to `plan` one of two convolutions whose sum is quantized, at 8 bits: the one that reads the block's input as others do."""
-    convolutions = {node: place for place, (name, node) in enumerate(ops.items()) if kind(node) == "conv" and plan.layers[name].a}
+    """Add to `plan`, at 8 bits, one of two convolutions whose sum is quantized: whose input has more readers, else the later one."""
+    quantized = [layer for layer in plan.layers.values() if layer.kind == "conv" and layer.w and layer.a]
+    places = {ops[layer.name]: place for place, layer in enumerate(quantized) if ops[layer.name].meta["val"].ndim == 4}
     for node in next(iter(ops.values())).graph.nodes:
-        terms = [term for term in node.all_input_nodes if term in convolutions and len(term.users) == 1]
-        if kind(node) == "add" and len(terms) == 2 and _is_quantized_behind_cuts(plan, node):
-            shortcut = max(terms, key=lambda term: (len(operands(term)[0].users), convolutions[term]))
+        terms = [term for term in terms_of(node) if term in places and len(term.users) == 1]
+        if len(set(terms)) == 2 and _is_quantized_behind_cuts(plan, node):
+            shortcut = max(terms, key=lambda term: (len(operands(term)[0].users), places[term]))
             plan.tensors[shortcut.name] = TensorPlan(shortcut.name, 8, (node.name,))
 
 
 def _is_quantized_behind_cuts(plan: Plan, node: Node) -> bool:
-    while node.name not in plan.tensors and len(node.users) == 1 and kind(next(iter(node.users))) in _CUTS:
+    while node.name not in plan.tensors and len(node.users) == 1 and cut_of(next(iter(node.users))) is not None:
         node = next(iter(node.users))
     return node.name in plan.tensors
 

@@ -60,8 +60,8 @@ def quantize(
             takes the published constants (arXiv 2509.26277); False leaves the logits alone.
         recipe: ``"standard"`` (learns: 4,000 steps), ``"fast"`` (seconds), ``"best"``, a published method
             (``"qdrop"``, ...) or a `Recipe`: every other constant.
-        edges: ``"8bit"``: first and last weights and the last layer's input at 8 bits; ``"integer"``: images and one of two layers that are
-            added too, so that all can run on integers; ``"brecq"``: the first layer's output too; ``"same"``; ``"float"``.
+        edges: ``"8bit"``: first and last weights and the last layer's input at 8 bits; ``"integer"``: images and what
+            convolutions on shortcuts give, too, to run on integers; ``"brecq"``: the first layer's output too; ``"same"``; ``"float"``.
         overrides: bits of single layers by glob over their names, ``{"layer4.*": {"w": 4}}``.
         seed: same seed and loader, bit-identical result (on a GPU where its operations repeat).
         device: where to work and where the result is; None: where the model's weights are.

@@ -183,7 +183,7 @@ class Recipe:
     """Share of the batches in which images are blended (mixup) or cut together (CutMix), one half each; the teacher says what they show."""
     finish_color: float = 0.0
     """How far contrast, saturation and tint of each view are changed at random, as a share; it falls with finer grids as the square of what
-    the rates fall by. It makes up for few images where steps are many; with 16 levels there is little to make up for, and it harms."""
+    the rates fall by."""
     finish_holdout: float = 0.0625
     """Share of the calibration images kept out of the training, to keep the best state by their KL."""
     finish_checks: int = 20

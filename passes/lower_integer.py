@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxquant.deploy.between import copy_on_bytes, cut_of, pooled_bytes, quantize_in_front_of_concats, terms_of
+from fxquant.deploy.between import copy_on_bytes, float_operations, pooled_bytes, quantize_in_front_of_concats
 from fxquant.deploy.bytes import Dequantize, Quantize, cast_images
 from fxquant.deploy.integers import Grid, IntegerLayer, integer_layer
 from fxquant.deploy.pooled import PooledIntegerLayer
-from fxquant.graph import behind, called, free_path, is_tensor, module_of, put_module
-from fxquant.grids import carried_grids
+from fxquant.graph import called, free_path, is_tensor, module_of, put_module
+from fxquant.grids import carried_grids, cut_of, terms_of
 from fxquant.kinds import QUANTIZED, WEIGHTED, kind
 from fxquant.passes.append_cat import AppendCAT
 from fxquant.passes.freeze import Freeze
 from fxquant.pipeline import Pass
 from fxquant.placement import layer_name
-from fxquant.quantizers import LogQuantizer, UniformQuantizer
+from fxquant.quantizers import UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
 
 
@@ -89,7 +88,9 @@ class LowerInteger(Pass):
             elif node in self.layers and node not in fused:
                 self._lower(node)
         if self.log.count:
-            self._note_floats()
+            floats = float_operations(gm, set(self.bytes.values()))
+            if floats:
+                self.note("computed in floats: " + ", ".join(f"{count} {word}" for word, count in sorted(floats.items())))
             cast_images(gm)
 
     def _integers(self, node: Node) -> IntegerLayer | None:
@@ -164,20 +165,9 @@ class LowerInteger(Pass):
                 reader.replace_input_with(floats, codes)
             self.bytes[floats], self.grids[floats] = codes, self.grids[node]
 
-    def _note_floats(self) -> None:
-        """Note what computes on floats besides the layers that are skipped by name; what is new in the graph has no traced value."""
-        modules, on_bytes, found = dict(called(self.gm)), set(self.bytes.values()), Counter[str]()
-        for node in behind(self.gm.graph.output_node()) - on_bytes:
-            moves = kind(node) in ("view", "getitem", "input", "constant", "output")
-            if is_tensor(node) and not moves and not isinstance(modules.get(node), QuantizedLayer | UniformQuantizer | LogQuantizer):
-                word = kind(node) if kind(node) != "other" else str(node.target)
-                found[word] += 1
-        if found:
-            self.note("in floats beside them: " + ", ".join(f"{count} {word}" for word, count in sorted(found.items())))
-
-    def _call(self, place: Node, path: str, module: nn.Module, *inputs: Node) -> Node:
+    def _call(self, behind: Node, path: str, module: nn.Module, *inputs: Node) -> Node:
         put_module(self.gm, path, module)
-        with self.gm.graph.inserting_after(place):
+        with self.gm.graph.inserting_after(behind):
             return self.gm.graph.call_module(path, inputs)
 
 

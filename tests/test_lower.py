@@ -157,15 +157,32 @@ def test_two_graphs_for_all_batches(calibration):
 
 @needs_vnni
 def test_networks_of_one_form_are_compiled_apart(calibration):
-    """Each with its weights: nothing looks at them when a compiled network is called."""
+    """Modules of a class by what they hold, graphs by their code, for nothing looks into these when they are called."""
     nets = [make("chain") for _ in range(2)]
     torch.nn.init.normal_(next(nets[1].parameters()))
     lowered = [fxquant.lower(fxquant.quantize(net, calibration, 4, 4, False, recipe="fast", progress=False)) for net in nets]
     for pair in (nets, lowered):
         compiled = [fxquant.compile(net) for net in pair]
         for net, fast in zip(pair, compiled, strict=True):
-            with torch.no_grad():
-                torch.testing.assert_close(fast(small_images(4)), net(small_images(4)), rtol=1e-4, atol=1e-4)
+            assert_compiled(fast, net)
+
+
+def test_a_graph_that_was_changed_is_compiled_anew():
+    gm = fxquant.trace(make("chain"), small_images(2))
+    compiled = fxquant.compile(gm)
+    assert_compiled(compiled, gm)
+    before = compiled(small_images(4))
+    layer = gm.get_submodule("0")
+    for change in (lambda: nn.init.normal_(layer.weight), lambda: setattr(layer, "weight", nn.Parameter(2 * layer.weight))):
+        change()
+        assert_compiled(fxquant.compile(gm), gm)
+        assert_compiled(torch.compile(gm), gm)
+    assert torch.equal(compiled(small_images(4)), before), "what was compiled stays"
+
+
+@torch.no_grad()
+def assert_compiled(compiled, network) -> None:
+    torch.testing.assert_close(compiled(small_images(4)), network(small_images(4)), rtol=1e-4, atol=1e-4)
 
 
 def test_compiled_float_networks_and_simulations(simulation):

@@ -397,6 +397,9 @@ def test_integer_edges_quantize_the_images(name):
         pytest.param(lambda s, x: s.d((s.b(s.a(x)) + s.c(s.a(x))).sigmoid()), [], id="no quantizer behind the sum"),
         pytest.param(lambda s, x: s.d(s.b(s.a(x)) * s.c(s.a(x))), [], id="a product"),
         pytest.param(lambda s, x: s.d(s.b(s.a(x)) + s.c(s.a(x)).mean((2, 3), True)), [], id="a sum with means"),
+        pytest.param(lambda s, x: s.d(s.b(s.a(x)) + s.c(s.a(x.mean((2, 3), True)))), [], id="a sum of two shapes"),
+        pytest.param(lambda s, x: s.d(torch.add(s.b(s.a(x)), s.c(s.a(x)), alpha=2)), [], id="a sum with a factor"),
+        pytest.param(lambda s, x: s.d(s.b(s.a(x)) + s.c(s.a(x)) + s.b(s.a(x))), [], id="a sum of three"),
     ],
 )
 def test_integer_edges_quantize_one_of_two_layers_that_are_added(body, found):
@@ -405,7 +408,15 @@ def test_integer_edges_quantize_one_of_two_layers_that_are_added(body, found):
     (images,) = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
     assert sorted({*plan.tensors} - {*usual.tensors, images}) == found
     assert {plan.tensors[name].bits for name in found} <= {8}
-    assert not {*place(gm, 2, None, "integer").tensors} & {"b", "c"}
+    for given in ({"w": 2, "a": None}, {"w": None, "a": 3}, {"w": 2, "a": 3, "overrides": {"[bc]": {"w": None}}}):
+        assert not {*place(gm, edges="integer", **given).tensors} & {"b", "c"}
+
+
+def test_integer_edges_leave_sums_of_one_dimension_alone():
+    """They are not lowered."""
+    parts = {name: nn.Conv1d(3 if name == "a" else 4, 4, 1) for name in "abcd"}
+    gm = prepared(Net(lambda s, x: s.d((s.b(s.a(x.flatten(2))) + s.c(s.a(x.flatten(2)))).relu()), **parts))
+    assert not {*place(gm, 2, 3, "integer").tensors} & {"b", "c"}
 
 
 def operands_of(gm: GraphModule, plan: Plan) -> dict[str, list[str]]:

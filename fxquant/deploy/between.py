@@ -1,19 +1,22 @@
-"""What lowering asks of the operations between layers: what they join, cut, add or pool, and what they are on bytes."""
+"""What lowering asks of the operations between layers: what they join or pool, what they are on bytes, and which stay floats."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Set
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.deploy.bytes import ByteMaxPool2d, BytePad
 from fxquant.deploy.integers import Grid
-from fxquant.graph import argument, called, free_path, is_tensor, module_of, put_module
+from fxquant.graph import argument, behind, called, free_path, is_tensor, module_of, put_module
 from fxquant.grids import max_pool, zero_padding
-from fxquant.kinds import kind
+from fxquant.kinds import QUANTIZED, kind
 from fxquant.placement import is_global_pool
-from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers import LogQuantizer, UniformQuantizer
+
+_COMPUTE_NO_FLOATS = QUANTIZED | {"view", "getitem", "input", "constant", "output"}
 
 
 def quantize_in_front_of_concats(gm: GraphModule) -> dict[Node, Grid]:
@@ -59,31 +62,6 @@ def copy_on_bytes(gm: GraphModule, node: Node, codes: Mapping[Node, Node], grid:
         return gm.graph.call_module(path, (codes[node.all_input_nodes[0]],))
 
 
-def cut_of(node: Node) -> tuple[float, float] | None:
-    """Return the ends that an activation cuts its input to, or None when it does anything else."""
-    word = kind(node)
-    if word == "relu":
-        return 0.0, float("inf")
-    if word == "relu6":
-        return 0.0, 6.0
-    if word == "hardtanh":
-        if node.op == "call_module":
-            module = module_of(node)
-            return float(module.min_val), float(module.max_val)  # type: ignore[arg-type]
-        ends = argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)
-        return (float(ends[0]), float(ends[1])) if all(isinstance(end, int | float) for end in ends) else None
-    return None
-
-
-def terms_of(node: Node) -> tuple[Node, ...]:
-    """Return the two tensors of one shape that `node` adds, or nothing."""
-    if kind(node) != "add" or len(node.args) != 2 or argument(node, 2, "alpha", 1) != 1:
-        return ()
-    terms = [term for term in node.args if isinstance(term, Node) and is_tensor(term) and is_tensor(node)]
-    shapes = [tuple(term.meta["val"].shape[1:]) for term in [*terms, node] if "val" in term.meta]
-    return tuple(terms) if len(terms) == 2 and shapes[0] == shapes[1] == shapes[2] else ()
-
-
 def pooled_bytes(layer: Node, grids: Mapping[Node, Grid]) -> Node | None:
     """Return the tensor of bytes ``[N, C, H, W]`` whose means over the maps are what `layer` reads, or None."""
     node = layer.all_input_nodes[0]
@@ -102,3 +80,21 @@ def _is_over_maps(node: Node) -> bool:
         return True
     axes = argument(node, 1, "dim", ())
     return isinstance(axes, list | tuple) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]
+
+
+def float_operations(gm: GraphModule, on_bytes: Set[Node]) -> Counter[str]:
+    """Count by name what computes floats in a lowered graph besides layers and products, of which each is skipped by name.
+
+    Args:
+        gm: the graph; what its output does not need is not counted, and what lowering made has no traced value.
+        on_bytes: nodes that lowering copied to work on bytes, with the values that were traced for floats.
+    """
+    modules, found = dict(called(gm)), Counter[str]()
+    for node in behind(gm.graph.output_node()) - on_bytes:
+        word, module = kind(node), modules.get(node)
+        if isinstance(module, UniformQuantizer | LogQuantizer) or word in _COMPUTE_NO_FLOATS or not is_tensor(node):
+            continue
+        if node.meta["val"].is_floating_point():
+            named = getattr(node.target, "__name__", str(node.target)) if module is None else type(module).__name__
+            found[named if word == "other" else word] += 1
+    return found

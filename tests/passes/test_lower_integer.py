@@ -191,7 +191,19 @@ def test_a_concatenation_that_something_else_reads_stays_float():
     ],
 )
 def test_what_computes_on_floats_is_noted(name, note):
-    assert lowered(simulated(name, 4, 4))[1].notes == [f"in floats beside them: {note}"]
+    assert lowered(simulated(name, 4, 4))[1].notes == [f"computed in floats: {note}"]
+
+
+def test_notes_name_functions_and_modules_and_leave_out_what_is_skipped_and_what_is_no_float():
+    def body(s, x):
+        y = s.act(torch.exp(s.b(F.relu(s.a(x)))))
+        y = y * (y > 0.5)
+        return s.c(y.softmax(1) @ y)
+
+    net = Net(body, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 4, 1), c=nn.Conv2d(4, 4, 1), act=nn.Softplus())
+    _, log = lowered(quantize(net, overrides={"b": {"w": None}}))
+    assert {where for where, _ in log.skipped} == {"a", "b", "matmul"}
+    assert log.notes == ["computed in floats: 1 Softplus, 1 exp, 1 mul, 1 relu, 1 softmax"]
 
 
 def test_sizes_are_read_off_bytes():
