@@ -152,10 +152,7 @@ def run_once(log: Path, row: dict[str, Any], data: Data, recipe: fxquant.Recipe,
 
 def run(data: Data, setting: str, recipe: fxquant.Recipe, seed: int, device: str) -> dict[str, Any]:
     """Quantize once and test."""
-    found = re.fullmatch(r"W(\d)A(\d)", setting)
-    if not found:
-        raise SystemExit(f"{setting!r} is no setting such as W2A4")
-    w, a = map(int, found.groups())
+    w, a = bits_of(setting)
     start, worked = time.perf_counter(), time.process_time()
     qmodel = fxquant.quantize(data.model, list(data.calibration.split(64)), w, a, recipe=recipe, seed=seed, device=device)
     seconds, worked = time.perf_counter() - start, time.process_time() - worked
@@ -169,6 +166,14 @@ def run(data: Data, setting: str, recipe: fxquant.Recipe, seed: int, device: str
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
     }
+
+
+def bits_of(setting: str) -> tuple[int, int]:
+    """Return the bits of weights and activations of a setting such as W2A4."""
+    found = re.fullmatch(r"W(\d)A(\d)", setting)
+    if not found:
+        raise SystemExit(f"{setting!r} is no setting such as W2A4")
+    return int(found[1]), int(found[2])
 
 
 @torch.inference_mode()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import re
 from pathlib import Path
 
 import torch
@@ -62,10 +61,7 @@ def main() -> None:
 
 def compared(data: runs.Data, setting: str, edges: str) -> list[str]:
     """Quantize and lower a network; return the cells of its row behind the edges."""
-    found = re.fullmatch(r"W(\d)A(\d)", setting)
-    if not found:
-        raise SystemExit(f"{setting!r} is no setting such as W2A4")
-    w, a = map(int, found.groups())
+    w, a = runs.bits_of(setting)
     simulation = fxquant.quantize(data.model, list(data.calibration.split(BATCH)), w, a, recipe="fast", edges=edges, progress=False)
     lowered = fxquant.lower(simulation)
     compiled = fxquant.compile(lowered)

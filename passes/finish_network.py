@@ -132,8 +132,9 @@ class FinishNetwork(Pass):
         else:
             zero_points = [learner.zero_point for learner in activations if isinstance(learner.zero_point, nn.Parameter)]
             rates = [([*weight_scales, *scales], recipe.output_kl_rate), (zero_points, recipe.output_kl_zero_point_rate)]
-        looks = (recipe.finish_augment, recipe.finish_blend, recipe.finish_color * fine**2)
-        augment, blend, color = looks if finish else ("none", 0.0, 0.0)
+        augment, blend, color = "none", 0.0, 0.0
+        if finish:
+            augment, blend, color = recipe.finish_augment, recipe.finish_blend, recipe.finish_color * fine**2
         size = recipe.finish_batch if finish else recipe.output_kl_batch
         views = Views(self.images, rest.nonzero().flatten(), self.loader, augment, blend, size, self.seed, color)
         held_out = torch.stack([views.images[row] for row in held.tolist()])

@@ -16,7 +16,8 @@ from fxquant.kinds import QUANTIZED, kind
 from fxquant.placement import is_global_pool
 from fxquant.quantizers import LogQuantizer, UniformQuantizer
 
-_COMPUTE_NO_FLOATS = QUANTIZED | {"view", "getitem", "input", "constant", "output"}
+_NOT_COUNTED = QUANTIZED | {"view", "getitem", "input", "constant", "output"}
+"""Kinds that are skipped by name where they stay floats, and those that compute nothing."""
 
 
 def quantize_in_front_of_concats(gm: GraphModule) -> dict[Node, Grid]:
@@ -92,7 +93,7 @@ def float_operations(gm: GraphModule, on_bytes: Set[Node]) -> Counter[str]:
     modules, found = dict(called(gm)), Counter[str]()
     for node in behind(gm.graph.output_node()) - on_bytes:
         word, module = kind(node), modules.get(node)
-        if isinstance(module, UniformQuantizer | LogQuantizer) or word in _COMPUTE_NO_FLOATS or not is_tensor(node):
+        if isinstance(module, UniformQuantizer | LogQuantizer) or word in _NOT_COUNTED or not is_tensor(node):
             continue
         if node.meta["val"].is_floating_point():
             named = getattr(node.target, "__name__", str(node.target)) if module is None else type(module).__name__

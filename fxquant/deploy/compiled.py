@@ -38,8 +38,8 @@ class CompiledNetwork(nn.Module):
         self.network = network
         options: dict[str, Any] = {}
         if isinstance(network, GraphModule):
-            # Before each call torch looks at every attribute of every module: .8 of 4.6 ms of MobileNetV2 at batch 1. That tells apart
-            # networks that share their code; a fork has code that nothing else was compiled with.
+            # Before each call torch would look at every attribute of every module, to tell apart networks that share their code; a fork has
+            # code that nothing else was compiled with.
             network, options = fork(network), {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         self._run = torch.compile(network, fullgraph=True, options=options or None)
 
