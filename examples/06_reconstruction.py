@@ -5,6 +5,7 @@
     python examples/06_reconstruction.py PATH --recipes qdrop --set unit_iterations=1000
     python examples/06_reconstruction.py PATH --ablation
     python examples/06_reconstruction.py PATH --ablation standard "no augmentation" --set finish_iterations=1000
+    python examples/06_reconstruction.py PATH --ablation standard "ranges " --set 'stages=["ranges", "bias"]' --network mobilenet_v2
 
 PATH is a folder with a zoo.py as in 02_cifar10_resnet20.py. Each run is appended to OUT/runs.jsonl as soon as it is over, and not
 repeated when it is there already; OUT/runs.md and OUT/runs.png are made from all runs of the network in that file. Calibrates on
@@ -35,7 +36,7 @@ RECIPES = ("fast", "adaround", "brecq", "qdrop", "pdquant", "genie", "packptq", 
 DATA = {"cifar10": ("cifar10_train8192", "cifar10_test", 1024), "mobile": ("imagenet_train", "imagenet_val", 1000)}
 DATA["squeezenet1_1"] = DATA["mobile"]
 DEVELOPMENT = 4096
-"""Training images behind the calibration images on which the ablation is measured."""
+"""Training images behind the calibration images on which the ablation is measured; a quarter of the images where there are no more."""
 
 
 def ablation(standard: fxquant.Recipe) -> dict[str, dict[str, Any]]:
@@ -43,6 +44,10 @@ def ablation(standard: fxquant.Recipe) -> dict[str, dict[str, Any]]:
     return {
         "standard": {},
         "without the bias stage": {"stages": ("ranges", "finish", "cat")},
+        "ranges by absolute errors": {"activation_error": "absolute"},
+        "ranges by absolute errors, p = 2.4": {"activation_error": "absolute", "activation_p": 2.4},
+        "ranges with p = 2.4": {"activation_p": 2.4},
+        "ranges with p = 3": {"activation_p": 3.0},
         "without CAT": {"stages": ("ranges", "bias", "finish")},
         "units first (QDrop, 500 steps each)": {
             "stages": ("ranges", "units", "finish", "cat"),
@@ -131,6 +136,7 @@ class Data:
         train, test, count = next(value for prefix, value in DATA.items() if network.startswith(prefix))
         if development:
             images, labels = zoo.load_images(train, norm, count + DEVELOPMENT)
+            count = min(count, len(images) * 3 // 4)
             self.calibration, self.images, self.labels = images[:count], images[count:], labels[count:]
         else:
             self.calibration = zoo.load_images(train, norm, count)[0]

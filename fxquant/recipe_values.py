@@ -6,6 +6,7 @@ _RANGES = ("lp", "minmax", "percentile", "kl")
 WORDS: dict[str, tuple[str, ...]] = {
     "weight_range": _RANGES,
     "activation_range": _RANGES,
+    "activation_error": ("absolute", "relative"),
     "softmax_quantizer": ("uniform", "log2", "logsqrt2"),
     "matmul_scales": MATMUL_SCALES,
     "weight_groups": ("one", "dual"),

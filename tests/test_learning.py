@@ -750,8 +750,10 @@ def test_a_network_without_logits(name):
 
 def test_a_network_without_logits_gets_closer_too():
     net, x = nets.make("several_outputs"), nets.images(24)
-    recipe = ONE["finish"].replace(finish_iterations=60, finish_holdout=0.5, finish_augment="none", finish_blend=0.0)
-    found = [quantize(net, [x], 2, 2, recipe=r)(x) for r in (Recipe(stages=("ranges",)), recipe)]
+    ranges = Recipe(stages=("ranges",), activation_range="minmax")
+    fixed = {"finish_holdout": 0.5, "finish_augment": "none", "finish_blend": 0.0}
+    recipe = ONE["finish"].replace(finish_iterations=60, activation_range="minmax", **fixed)
+    found = [quantize(net, [x], 2, 2, recipe=r)(x) for r in (ranges, recipe)]
     errors = [sum(((a - b).norm() / b.norm()).item() for a, b in zip(_tensors(y), _tensors(net(x)), strict=True)) for y in found]
     assert errors[1] < errors[0]
 

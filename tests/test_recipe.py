@@ -101,7 +101,14 @@ def test_published_constants_beside_that_loop():
     assert scales_settings(Recipe.BRECQ) == UnitSettings(iterations=5000, batch=32, activation_rate=4e-4, p=2.4)
     assert (Recipe.PDQUANT.unit_correction_rate, Recipe.PDQUANT.unit_correction_pull, Recipe.PDQUANT.unit_ranges) == (1e-3, 50, "prefix")
     assert (Recipe.GENIE.activation_symmetric, Recipe.QDROP.activation_symmetric) == (True, False)
-    assert {recipe.weight_p for recipe in PRESETS.values()} == {recipe.activation_p for recipe in PRESETS.values()} == {2.4}
+    assert {recipe.weight_p for recipe in PRESETS.values()} == {2.4}
+
+
+def test_published_recipes_count_every_value_alike_where_ranges_of_activations_are_chosen():
+    published = {"adaround", "brecq", "qdrop", "pdquant", "genie", "packptq", "erq"}
+    for name, recipe in PRESETS.items():
+        expected = (2.4, "absolute") if name in published else (2.0, "relative")
+        assert (recipe.activation_p, recipe.activation_error) == expected
 
 
 def test_every_constant_of_the_network_wise_stages_comes_from_the_recipe():

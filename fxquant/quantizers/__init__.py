@@ -2,7 +2,7 @@
 
 from fxquant.quantizers.affine import QuantSpec, UniformQuantizer, round_ste
 from fxquant.quantizers.dual import DualQuantizer
-from fxquant.quantizers.histogram import AxisObserver, Histogram, HistogramObserver, Observer, observer_of
+from fxquant.quantizers.histogram import AxisObserver, Histogram, HistogramObserver, ImageObserver, Observer, observer_of
 from fxquant.quantizers.logarithmic import LogQuantizer, log_quantizer
 from fxquant.quantizers.ranges import METHODS, activation_quantizer, estimate_range, weight_quantizer
 
@@ -12,6 +12,7 @@ __all__ = [
     "DualQuantizer",
     "Histogram",
     "HistogramObserver",
+    "ImageObserver",
     "LogQuantizer",
     "Observer",
     "QuantSpec",

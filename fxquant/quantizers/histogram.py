@@ -26,6 +26,8 @@ _OFFSET_UNITS = 2**16  # resolution of a value inside its bin; 2^35 values in on
 _MIN_EXPONENT = -100  # keeps 1 / width finite in float32; all of |x| < 2^-112 shares the bins next to zero
 _CPU_CHUNK = 2**15  # values binned at a time: temporaries stay in the cache, and ops of torch's grain size wait for no thread
 _GPU_CHUNK = 2**25
+_PER_OCTAVE = 4  # classes of images
+_LEAST_OCTAVES = 2
 
 
 @dataclass
@@ -205,6 +207,79 @@ class HistogramObserver(nn.Module):
         return Histogram(values[kept][None].to(dtype), counts[kept][None].to(dtype), self.low.view(1), self.high.view(1))
 
 
+class ImageObserver(nn.Module):
+    """Returns its input unchanged and remembers how its values are distributed, apart for images with small and with large values.
+
+        image with root mean square r      ->      histogram of the class round(4 log2(r))
+
+    A few images of a hundred can have values ten times as large as the others (artifacts in the corners of MobileNetV2's last maps, for
+    example). Each value counted alike, they alone decide on a step. Errors relative to r weigh images alike; to know which value came with
+    which r, to 9 %, it is enough to keep the classes apart.
+
+    Args:
+        name: the layer, put in front of error messages.
+    """
+
+    def __init__(self, name: str | None = None):
+        super().__init__()
+        self.name = name
+        self.classes = nn.ModuleDict()
+
+    @property
+    def seen(self) -> bool:
+        """Whether any value has been seen."""
+        return len(self.classes) > 0
+
+    @property
+    def low(self) -> Tensor:
+        """The smallest value."""
+        return torch.stack([part.low for part in self.classes.values()]).min()  # type: ignore[misc]
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Record x, whose first axis counts images, and return it.
+
+        Raises:
+            CalibrationError: x is empty or holds NaN or Inf.
+        """
+        rows = x.detach().reshape(len(x), -1) if x.numel() else x
+        largest = rows.abs().amax(1) if x.numel() else x
+        if not x.numel() or not bool(largest.isfinite().all()):
+            HistogramObserver(self.name).to(x.device)(x)  # which says what is wrong
+        unit = torch.where(largest > 0, largest, 1)[:, None]
+        size = unit.flatten() * (rows / unit).square().mean(1).sqrt()
+        classes = (size.double().clamp_min(2.0**_MIN_EXPONENT).log2() * _PER_OCTAVE).round().int()
+        for word in classes.unique().tolist():
+            if str(word) not in self.classes:
+                self.classes[str(word)] = HistogramObserver(self.name).to(x.device)
+            self.classes[str(word)](rows[classes == word])
+        return x
+
+    def histogram(self, power: float = 0.0) -> Histogram:
+        """Return what was seen as one row ``[1, M]``, each image's values counted ``1 / r**power`` times.
+
+        An image with values less than a quarter of the usual size counts like one of a quarter: errors of an all but empty image, as
+        large as they may be in proportion, hardly matter.
+
+        Args:
+            power: 0 counts all values alike; p makes a sum of ``|error|**p`` one of errors relative to r.
+
+        Raises:
+            CalibrationError: nothing was seen.
+        """
+        if not self.seen:
+            return HistogramObserver(self.name).histogram()  # which says so
+        parts = {int(word): part.histogram() for word, part in self.classes.items()}  # type: ignore[operator]
+        order = sorted(parts)
+        counts = torch.tensor([parts[word].counts.double().sum().item() for word in order]).cumsum(0)
+        usual = order[int(torch.searchsorted(counts, counts[-1] / 2))]
+        octaves = {word: max(word - usual, -_LEAST_OCTAVES * _PER_OCTAVE) / _PER_OCTAVE for word in order}
+        values = torch.cat([parts[word].values for word in order], 1)
+        weighted = torch.cat([parts[word].counts * 2.0 ** (-power * octaves[word]) for word in order], 1)
+        low, high = (torch.stack([getattr(part, name) for part in parts.values()]) for name in ("low", "high"))
+        return Histogram(values, weighted, low.amin(0), high.amax(0))
+
+
 class AxisObserver(nn.Module):
     """Returns its input unchanged and remembers how its values are distributed, apart for each index of an axis.
 
@@ -236,30 +311,30 @@ class AxisObserver(nn.Module):
         """
         parts = x.detach().unbind(self.axis)
         if not self.seen:
-            self.rows.extend(HistogramObserver(self.name).to(x.device) for _ in parts)
+            self.rows.extend(ImageObserver(self.name) for _ in parts)
         for row, part in zip(self.rows, parts, strict=True):
             row(part)
         return x
 
-    def histogram(self) -> Histogram:
-        """Return what was seen as rows ``[C, M]``, short ones padded with values that count nothing.
+    def histogram(self, power: float = 0.0) -> Histogram:
+        """Return what was seen as rows ``[C, M]``, short ones padded with values that count nothing; `power`: see `ImageObserver`.
 
         Raises:
             CalibrationError: nothing was seen.
         """
         if not self.seen:
             return HistogramObserver(self.name).histogram()  # which says so
-        rows: list[Histogram] = [row.histogram() for row in self.rows]  # type: ignore[operator]
+        rows: list[Histogram] = [row.histogram(power) for row in self.rows]  # type: ignore[operator]
         values, counts = (
             nn.utils.rnn.pad_sequence([getattr(row, name)[0] for row in rows], batch_first=True) for name in ("values", "counts")
         )
         return Histogram(values, counts, torch.cat([row.low for row in rows]), torch.cat([row.high for row in rows]))
 
 
-Observer = HistogramObserver | AxisObserver
+Observer = ImageObserver | AxisObserver
 """What looks at an activation while it is calibrated."""
 
 
 def observer_of(name: str | None, axis: int | None) -> Observer:
     """Return an observer of a tensor that gets one scale (None), or one for each index of an axis."""
-    return HistogramObserver(name) if axis is None else AxisObserver(name, axis)
+    return ImageObserver(name) if axis is None else AxisObserver(name, axis)

@@ -7,7 +7,8 @@ Every estimator picks a range ``[low, high]`` that contains 0, and the range giv
 
     minmax       everything seen: nothing is clipped, the steps are coarse where there are outliers
     percentile   the quantiles 1 - q and q
-    lp           the range whose grid has the smallest mean |x - Q(x)|^p; p = 2.4 is PD-Quant's choice, p = 2 that of MSE
+    lp           the range whose grid has the smallest mean |x - Q(x)|^p; p = 2.4 is PD-Quant's choice, p = 2 that of MSE;
+                 of an activation also of (|x - Q(x)| / r)^p, r the root mean square over the image's activation (see histogram.py)
     kl           the clip whose codes keep the shape of the distribution best (see entropy.py)
 
 Rows are searched in units of a power of two close to their largest magnitude: ``range(2 x) == 2 range(x)`` bit for bit, and tiny
@@ -185,9 +186,22 @@ def weight_quantizer(
 
 
 def activation_quantizer(
-    observer: Observer, spec: QuantSpec, method: str = "lp", *, p: float = 2.4, percentile: float = 0.9999, steps: int = 100
+    observer: Observer,
+    spec: QuantSpec,
+    method: str = "lp",
+    *,
+    p: float = 2.4,
+    percentile: float = 0.9999,
+    steps: int = 100,
+    relative: bool = False,
 ) -> UniformQuantizer:
     """Return the quantizer of an activation, its range estimated on all that the observer saw.
+
+    Args:
+        observer: what looked at the activation.
+        spec: the integer grid, with an axis where the observer has one.
+        method: see :func:`estimate_range`, as for p, percentile and steps.
+        relative: errors of "lp" are those relative to the root mean square of the image's activation.
 
     Raises:
         CalibrationError: the observer saw nothing, or negative values that the grid has no codes for.
@@ -196,5 +210,5 @@ def activation_quantizer(
     axis = observer.axis if isinstance(observer, AxisObserver) else None
     if spec.axis != axis:
         raise ConfigError(f"axis={spec.axis} for an activation observed with axis={axis}", where=observer.name, fix=f"Use axis={axis}")
-    h = observer.histogram()
+    h = observer.histogram(p if relative and method == "lp" else 0.0)
     return UniformQuantizer(spec, *estimate_range(h, spec, method, p=p, percentile=percentile, steps=steps, where=observer.name))

@@ -12,7 +12,7 @@ from fxquant.errors import CalibrationError
 from fxquant.graph import called
 from fxquant.passes import InsertFakeQuant, InsertObservers
 from fxquant.placement import place
-from fxquant.quantizers import HistogramObserver, UniformQuantizer
+from fxquant.quantizers import ImageObserver, UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer, channel_axis
 from fxquant.recipe import Recipe
 
@@ -42,7 +42,7 @@ def test_every_planned_place(name):
         path: layer.w for path, layer in plan.layers.items() if layer.w is not None
     }
     assert log.count == len(quantizers) + len(layers)
-    assert not any(isinstance(part, HistogramObserver) for _, part in called(gm))
+    assert not any(isinstance(part, ImageObserver) for _, part in called(gm))
     for path, part in layers.items():
         float_layer = teacher.get_submodule(path)
         assert isinstance(part, type(float_layer)) and not isinstance(float_layer, QuantizedLayer)
@@ -77,7 +77,7 @@ def test_float_weights_are_skipped_with_a_reason():
 def test_float_activations_have_no_observer():
     _, observed, gm, log, plan = quantized("chain", a=None)
     assert not plan.tensors
-    assert classes(observed)["HistogramObserver"] == 0
+    assert classes(observed)["ImageObserver"] == 0
     assert classes(gm)["UniformQuantizer"] == 0
     assert log.count == 3
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxquant.errors import CalibrationError, ConfigError
-from fxquant.quantizers import AxisObserver, Histogram, HistogramObserver, QuantSpec, activation_quantizer, observer_of
+from fxquant.quantizers import AxisObserver, Histogram, HistogramObserver, ImageObserver, QuantSpec, activation_quantizer, observer_of
 
 
-def observe(*batches):
-    observer = HistogramObserver("layer1.conv")
+def observe(*batches, kind=HistogramObserver):
+    observer = kind("layer1.conv")
     for batch in batches:
         assert observer(batch) is batch
     return observer
@@ -167,7 +167,7 @@ def test_an_axis_is_observed_index_by_index(parts, axis):
     h = observer.histogram()
     assert observer.seen and torch.equal(observer.low, h.low)
     for index in range(3):
-        own = observe(*(batch.select(axis, index) for batch in batches)).histogram()
+        own = observe(*(batch.select(axis, index) for batch in batches), kind=ImageObserver).histogram()
         kept = own.values.shape[1]
         assert torch.equal(h.values[index, :kept], own.values[0]) and torch.equal(h.counts[index, :kept], own.counts[0])
         assert not h.counts[index, kept:].any()
@@ -182,13 +182,66 @@ def test_ranges_of_an_axis_are_those_of_its_parts(method, symmetric):
     observer(x)
     found = activation_quantizer(observer, QuantSpec(4, signed=symmetric, symmetric=symmetric, axis=1), method)
     for index in range(3):
-        own = activation_quantizer(observe(x[:, index]), QuantSpec(4, signed=symmetric, symmetric=symmetric), method)
+        own = activation_quantizer(observe(x[:, index], kind=ImageObserver), QuantSpec(4, signed=symmetric, symmetric=symmetric), method)
         torch.testing.assert_close(found.scale[index], own.scale)
         assert found.zero_point[index] == own.zero_point
 
 
+@settings(deadline=None, max_examples=10)
+@given(batch_lists)
+def test_images_are_told_apart_without_a_change_to_what_is_counted(parts):
+    """With power 0 the row has the counts, the extremes and the sum of one histogram, in whatever order the batches come."""
+    batches = [batch.view(5, 60) for batch in make_batches(parts)]
+    mine, whole = observe(*batches, kind=ImageObserver), observe(*batches)
+    h, expected = mine.histogram(), whole.histogram()
+    assert mine.seen and mine.low == h.low[0] == expected.low[0] and h.high[0] == expected.high[0]
+    assert h.counts.sum() == expected.counts.sum()
+    assert h.counts[h.values == 0].sum() >= sum(int((batch == 0).sum()) for batch in batches)
+    total = (expected.values * expected.counts).double().abs().sum()
+    assert ((h.values * h.counts).double().sum() - (expected.values * expected.counts).double().sum()).abs() <= 1e-5 * total
+    again = observe(*reversed(batches), kind=ImageObserver).histogram(2.4)
+    first = mine.histogram(2.4)
+    assert torch.equal(first.values, again.values) and torch.equal(first.counts, again.counts)
+
+
+def test_values_count_by_the_size_of_their_image():
+    """An image 2^k times as large counts 2^(-k p) times as much; one much smaller than usual like one of a quarter."""
+    x = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0))
+    x = x / x.square().mean(1, keepdim=True).sqrt() * torch.tensor([1.0, 1.0, 1.0, 8.0, 2.0**-20])[:, None]
+    h = observe(x, kind=ImageObserver).histogram(2.0)
+    assert h.low == x.min() and h.high == x.max()
+    for image, weight in ((0, 1), (3, 1 / 64), (4, 16)):
+        among = torch.isin(h.values[0], x[image])
+        assert torch.allclose(h.counts[0][among], torch.tensor(float(weight)))
+    assert h.counts.sum().isclose(torch.tensor(1000 * (3 + 1 / 64 + 16)), rtol=1e-5)
+
+
+def test_few_images_with_enormous_values_do_not_decide_on_the_step():
+    """One of 64 images is fifty times as large. Absolute errors make the step for them; relative ones, for the others."""
+    x = torch.randn(64, 4000, generator=torch.Generator().manual_seed(0))
+    wild = torch.cat([x[:63], 50 * x[63:]])
+    tame = activation_quantizer(observe(x, kind=ImageObserver), QuantSpec(4))
+    absolute, relative = (activation_quantizer(observe(wild, kind=ImageObserver), QuantSpec(4), relative=word) for word in (False, True))
+    assert absolute.scale > 20 * tame.scale
+    assert relative.scale < 1.5 * tame.scale
+    for method in ("minmax", "percentile", "kl"):
+        one, two = (activation_quantizer(observe(wild, kind=ImageObserver), QuantSpec(4), method, relative=word) for word in (False, True))
+        assert one.scale == two.scale
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_images_leave_what_was_seen(bad):
+    observer = observe(torch.ones(2, 3), kind=ImageObserver)
+    for x in (torch.tensor([[1.0, bad]]), torch.zeros(0, 3)):
+        with pytest.raises(CalibrationError, match=r"layer1\.conv: the activation holds"):
+            observer(x)
+    assert observer.histogram().counts.sum() == 6
+    with pytest.raises(CalibrationError, match="bn: never saw data"):
+        ImageObserver("bn").histogram()
+
+
 def test_which_observer():
-    assert isinstance(observer_of("relu", None), HistogramObserver)
+    assert isinstance(observer_of("relu", None), ImageObserver)
     found = observer_of("softmax", 1)
     assert isinstance(found, AxisObserver) and (found.name, found.axis) == ("softmax", 1)
     with pytest.raises(CalibrationError, match="softmax: never saw data"):

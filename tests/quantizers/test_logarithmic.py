@@ -14,7 +14,7 @@ from fxquant.calibration import activation_quantizers
 from fxquant.errors import CalibrationError, ConfigError
 from fxquant.graph import called
 from fxquant.placement import Plan, TensorPlan
-from fxquant.quantizers import AxisObserver, HistogramObserver, LogQuantizer, QuantSpec, UniformQuantizer, log_quantizer
+from fxquant.quantizers import AxisObserver, ImageObserver, LogQuantizer, QuantSpec, UniformQuantizer, log_quantizer
 
 GRIDS = ("log2", "logsqrt2")
 
@@ -116,8 +116,8 @@ def test_what_cannot_be_meant(make, message):
         make()
 
 
-def seen(x: Tensor) -> HistogramObserver:
-    observer = HistogramObserver("softmax")
+def seen(x: Tensor) -> ImageObserver:
+    observer = ImageObserver("softmax")
     observer(x)
     return observer
 
@@ -149,7 +149,7 @@ def test_negative_values_and_no_values():
     with pytest.raises(CalibrationError, match="softmax: has negative values"):
         log_quantizer(seen(torch.tensor([-0.1, 0.5])), 4)
     with pytest.raises(CalibrationError, match="softmax: never saw data"):
-        log_quantizer(HistogramObserver("softmax"), 4)
+        log_quantizer(ImageObserver("softmax"), 4)
 
 
 def test_the_recipe_chooses_for_softmaxes_alone():

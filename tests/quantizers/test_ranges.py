@@ -13,7 +13,7 @@ from fxquant.errors import CalibrationError, ConfigError, ModelError
 from fxquant.quantizers import (
     METHODS,
     Histogram,
-    HistogramObserver,
+    ImageObserver,
     QuantSpec,
     activation_quantizer,
     estimate_range,
@@ -120,7 +120,7 @@ def test_the_window_of_large_grids_is_within_a_hundredth_of_the_optimum(kind):
 
 def test_lp_of_an_observed_activation_is_close_to_that_of_its_values():
     x = sample("skew", 3000).float()
-    observer = HistogramObserver()
+    observer = ImageObserver()
     for batch in x.split(700):
         observer(batch)
     q = activation_quantizer(observer, QuantSpec(2))
@@ -273,7 +273,7 @@ def test_constant_tensors_are_kept(method, bits, value):
     x = torch.full((2, 9), value)
     for spec in (QuantSpec(bits), QuantSpec(bits, axis=0)):
         assert torch.allclose(weight_quantizer(x, spec, method)(x), x, rtol=1e-6, atol=0)
-    observer = HistogramObserver()
+    observer = ImageObserver()
     observer(x)
     assert torch.allclose(activation_quantizer(observer, QuantSpec(bits), method)(x), x, rtol=1e-6, atol=0)
 
@@ -319,7 +319,7 @@ def test_bad_options_are_refused(options):
 def test_rows_and_axis_must_agree():
     with pytest.raises(ConfigError, match="3 rows"):
         estimate_range(Histogram.of(torch.randn(3, 9), 0), QuantSpec(2))
-    observer = HistogramObserver("act")
+    observer = ImageObserver("act")
     observer(torch.ones(3))
     with pytest.raises(ConfigError, match="act: axis=1"):
         activation_quantizer(observer, QuantSpec(2, axis=1))
@@ -328,9 +328,9 @@ def test_rows_and_axis_must_agree():
 def test_errors_name_the_layer():
     with pytest.raises(ModelError, match=r"conv1: the weight holds NaN or Inf"):
         weight_quantizer(torch.tensor([1.0, float("nan")]), QuantSpec(2), where="conv1")
-    observer = HistogramObserver("act")
+    observer = ImageObserver("act")
     observer(-torch.ones(3))
     with pytest.raises(CalibrationError, match=r"act: the data has negative values"):
         activation_quantizer(observer, QuantSpec(2, symmetric=True))
     with pytest.raises(CalibrationError, match=r"act: never saw data"):
-        activation_quantizer(HistogramObserver("act"), QuantSpec(2))
+        activation_quantizer(ImageObserver("act"), QuantSpec(2))
