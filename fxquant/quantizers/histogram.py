@@ -13,6 +13,7 @@ the same result on every device. Exact zeros (half of what a ReLU gives) have th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -243,16 +244,17 @@ class ImageObserver(nn.Module):
             CalibrationError: x is empty or holds NaN or Inf.
         """
         rows = x.detach().reshape(len(x), -1) if x.numel() else x
-        largest = rows.abs().amax(1) if x.numel() else x
-        if not x.numel() or not bool(largest.isfinite().all()):
-            HistogramObserver(self.name).to(x.device)(x)  # which says what is wrong
-        unit = torch.where(largest > 0, largest, 1)[:, None]
-        size = unit.flatten() * (rows / unit).square().mean(1).sqrt()
-        classes = (size.double().clamp_min(2.0**_MIN_EXPONENT).log2() * _PER_OCTAVE).round().int()
+        size = torch.linalg.vector_norm(rows, dim=1) if x.numel() else x
+        if not x.numel() or not bool(size.isfinite().all()):
+            HistogramObserver(self.name).to(x.device)(x)  # which says what is wrong, or squares were too large
+            size = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        size = size.double() / math.sqrt(rows.shape[1])
+        classes = (size.clamp_min(2.0**_MIN_EXPONENT).log2() * _PER_OCTAVE).round().int()
         for word in classes.unique().tolist():
             if str(word) not in self.classes:
                 self.classes[str(word)] = HistogramObserver(self.name).to(x.device)
-            self.classes[str(word)](rows[classes == word])
+            members = classes == word
+            self.classes[str(word)](rows if bool(members.all()) else rows[members])
         return x
 
     def histogram(self, power: float = 0.0) -> Histogram:

@@ -229,6 +229,12 @@ def test_few_images_with_enormous_values_do_not_decide_on_the_step():
         assert one.scale == two.scale
 
 
+def test_images_whose_squares_are_too_large_for_their_dtype():
+    x = torch.tensor([[1e30, -2e30], [1e-30, 1e-30]])
+    h = observe(x, kind=ImageObserver).histogram()
+    assert h.low == x.min() and h.high == x.max() and h.counts.sum() == 4
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_images_leave_what_was_seen(bad):
     observer = observe(torch.ones(2, 3), kind=ImageObserver)
