@@ -1,4 +1,4 @@
-"""Every learning recipe on a real network: accuracy against time, and an ablation of the network-wise finish.
+"""Every learning recipe on a real network: accuracy against time, and an ablation of ranges and network-wise finish.
 
     python examples/06_reconstruction.py PATH
     python examples/06_reconstruction.py PATH --recipes qdrop standard --settings W2A2 --seeds 0 1 2 --out results
@@ -36,7 +36,7 @@ RECIPES = ("fast", "adaround", "brecq", "qdrop", "pdquant", "genie", "packptq", 
 DATA = {"cifar10": ("cifar10_train8192", "cifar10_test", 1024), "mobile": ("imagenet_train", "imagenet_val", 1000)}
 DATA["squeezenet1_1"] = DATA["mobile"]
 DEVELOPMENT = 4096
-"""Training images behind the calibration images on which the ablation is measured; a quarter of the images where there are no more."""
+"""Training images behind the calibration images on which the ablation is measured; if there are fewer, those left, a quarter at least."""
 
 
 def ablation(standard: fxquant.Recipe) -> dict[str, dict[str, Any]]:

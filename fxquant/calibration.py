@@ -44,8 +44,8 @@ def activation_quantizers(recipe: Recipe) -> Callable[[TensorPlan, Observer], Un
             return log_quantizer(observer, plan.bits, recipe.softmax_quantizer, p=recipe.activation_p)
         signed = recipe.activation_symmetric and observer.seen and bool((observer.low < 0).any())
         spec = QuantSpec(plan.bits, signed=signed, symmetric=recipe.activation_symmetric, axis=plan.axis)
-        constants = {"p": recipe.activation_p, "percentile": recipe.percentile, "relative": recipe.activation_error == "relative"}
-        return activation_quantizer(observer, spec, recipe.activation_range, **constants)  # type: ignore[arg-type]
+        p, percentile, relative = recipe.activation_p, recipe.percentile, recipe.activation_error == "relative"
+        return activation_quantizer(observer, spec, recipe.activation_range, p=p, percentile=percentile, relative=relative)
 
     return make
 

@@ -175,7 +175,7 @@ def parser() -> argparse.ArgumentParser:
         "--cat", nargs="?", const=True, default=True, choices=["paper"], help="correct the logits: chosen by itself (default), or 'paper'"
     )
     command.add_argument("--no-cat", dest="cat", action="store_false", help="leave the logits alone")
-    command.add_argument("--recipe", default="standard", metavar="NAME|FILE", help=f"{RECIPES} (default: standard; fast takes seconds)")
+    command.add_argument("--recipe", default="standard", metavar="NAME|FILE", help=f"{RECIPES} (default: standard; fast learns nothing)")
     command.add_argument("--edges", default="8bit", choices=EDGES, help="rule for first and last layers and shortcuts (default: 8bit)")
     command.add_argument(
         "--override", action="append", default=[], metavar="GLOB:w=4,a=8", help="bits of single layers: 'layer4.*:w=4,a=4'; may be repeated"

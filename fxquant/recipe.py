@@ -35,8 +35,8 @@ class Recipe:
     """All constants of a run.
 
     Named ones are ``Recipe.FAST``, ``STANDARD``, ``BEST``, ``FINISH``, ``ADAROUND``, ``BRECQ``, ``QDROP``, ``PDQUANT``, ``GENIE``,
-    ``PACKPTQ``, ``ERQ`` and ``OUTPUT_KL``; ``Recipe.QDROP.replace(unit_iterations=1000)`` changes a field. Where a field has no source,
-    its default is that of QDrop.
+    ``PACKPTQ``, ``ERQ`` and ``OUTPUT_KL``; ``Recipe.QDROP.replace(unit_iterations=1000)`` changes a field. Where a field of a unit has no
+    source, its default is that of QDrop.
 
     Raises:
         ConfigError: a field with a value that cannot be meant, by name, with what to write instead.
@@ -55,10 +55,10 @@ class Recipe:
     activation_range: str = "lp"
     """Range estimator of activations, per tensor."""
     activation_p: float = 2.0
-    """Exponent of the L_p search for activations."""
+    """Exponent of the L_p search for activations (examples/06_ablation.md)."""
     activation_error: str = "relative"
-    """Errors that the L_p search for activations adds up: ``"absolute"``, or ``"relative"`` to the root mean square of the image's
-    activation, so that a few images with enormous values do not decide on the step for all."""
+    """Errors that this search adds up: ``"absolute"``, or ``"relative"`` to the root mean square of the image's activation, so that a few
+    images with enormous values do not decide on the step for all. Logarithmic grids and channels behind layer norms take absolute ones."""
     activation_symmetric: bool = False
     softmax_quantizer: str = "uniform"
     """Grid of the outputs of a softmax: ``"uniform"``, ``"log2"`` (powers of two) or ``"logsqrt2"`` (of its root, RepQ-ViT)."""
@@ -317,8 +317,8 @@ def _one_of(where: str, value: Any, allowed: Any) -> None:
 
 
 _UNITS = ("ranges", "units")
-_LP: dict[str, Any] = {"activation_p": 2.4, "activation_error": "absolute"}
-"""The ranges of QDrop and PD-Quant, each value counted alike."""
+_PUBLISHED_RANGES: dict[str, Any] = {"activation_p": 2.4, "activation_error": "absolute"}
+"""Each value counted alike, as in all of these papers, with the exponent of QDrop and PD-Quant."""
 
 # The published recipes differ from their sources where this engine does something for all of them alike: weights start from the same
 # two-dimensional L_2.4 search, activation ranges from all calibration images, the first unit is learned like the others, bits at the edges
@@ -329,19 +329,37 @@ _LP: dict[str, Any] = {"activation_p": 2.4, "activation_error": "absolute"}
 
 Recipe.FAST = Recipe(name="fast")
 Recipe.ADAROUND = Recipe(
-    name="adaround", stages=_UNITS, unit_granularity="layer", unit_activations=False, unit_input_drop=0.0, unit_beta_shape="cosine", **_LP
+    name="adaround",
+    stages=_UNITS,
+    unit_granularity="layer",
+    unit_activations=False,
+    unit_input_drop=0.0,
+    unit_beta_shape="cosine",
+    **_PUBLISHED_RANGES,
 )
-Recipe.BRECQ = Recipe(name="brecq", stages=("ranges", "units", "scales"), unit_activations=False, unit_input_drop=0.0, **_LP)
-Recipe.QDROP = Recipe(name="qdrop", stages=_UNITS, **_LP)
+Recipe.BRECQ = Recipe(name="brecq", stages=("ranges", "units", "scales"), unit_activations=False, unit_input_drop=0.0, **_PUBLISHED_RANGES)
+Recipe.QDROP = Recipe(name="qdrop", stages=_UNITS, **_PUBLISHED_RANGES)
 Recipe.PDQUANT = Recipe(
-    name="pdquant", stages=_UNITS, unit_rounding_rate=3e-3, unit_kl_weight=10.0, unit_correction_iterations=500, unit_ranges="prefix", **_LP
+    name="pdquant",
+    stages=_UNITS,
+    unit_rounding_rate=3e-3,
+    unit_kl_weight=10.0,
+    unit_correction_iterations=500,
+    unit_ranges="prefix",
+    **_PUBLISHED_RANGES,
 )
 Recipe.GENIE = Recipe(
-    name="genie", stages=_UNITS, unit_scale_rate=1e-4, unit_rounding_weight=1.0, unit_sampling="epochs", activation_symmetric=True, **_LP
+    name="genie",
+    stages=_UNITS,
+    unit_scale_rate=1e-4,
+    unit_rounding_weight=1.0,
+    unit_sampling="epochs",
+    activation_symmetric=True,
+    **_PUBLISHED_RANGES,
 )
-Recipe.PACKPTQ = Recipe(name="packptq", stages=_UNITS, unit_granularity="pack", unit_batch=16, unit_rounding_rate=3e-3, **_LP)
-Recipe.ERQ = Recipe(name="erq", stages=("reparameterize", "ranges", "erq"), softmax_quantizer="logsqrt2", **_LP)
-Recipe.OUTPUT_KL = Recipe(name="output_kl", stages=("ranges", "output_kl"))
+Recipe.PACKPTQ = Recipe(name="packptq", stages=_UNITS, unit_granularity="pack", unit_batch=16, unit_rounding_rate=3e-3, **_PUBLISHED_RANGES)
+Recipe.ERQ = Recipe(name="erq", stages=("reparameterize", "ranges", "erq"), softmax_quantizer="logsqrt2", **_PUBLISHED_RANGES)
+Recipe.OUTPUT_KL = Recipe(name="output_kl", stages=("ranges", "output_kl"), **_PUBLISHED_RANGES)
 Recipe.FINISH = Recipe(name="finish", stages=("ranges", "finish"))
 Recipe.STANDARD = Recipe(name="standard", stages=("ranges", "bias", "finish", "cat"), precision="bfloat16")
 Recipe.BEST = Recipe(

@@ -134,7 +134,7 @@ class Record:
         logs = [PassLog(**{**log, "skipped": [(where, why) for where, why in log["skipped"]]}) for log in data["passes"]]
         given = {key: data[key] for key in ("edges", "seed", "images", "input_dtype", "cat", "graph", "torch_version")}
         return cls(
-            recipe=Recipe.from_dict(data["recipe"]),
+            recipe=Recipe.from_dict({"activation_error": "absolute", **data["recipe"]}),  # what files without this field were made with
             plan=Plan.from_dict(data["plan"]),
             input_shape=tuple(data["input_shape"]),
             passes=logs,

@@ -1,7 +1,8 @@
 """Weighted values in place of a tensor: what the range estimators look at.
 
 A weight is at hand as a whole: its rows are used as they are when short, and binned when long. An activation comes in batches and
-is seen once. :class:`HistogramObserver` counts it in bins of a power-of-two width around zero,
+is seen once. :class:`HistogramObserver` counts it in bins of a power-of-two width around zero (:class:`ImageObserver` has one for
+images of each size),
 
     bin -2      bin -1      bin 0       bin 1             width = 2^e
     [-2w, -w)   [-w, 0)     [0, w)      [w, 2w)           value x -> bin floor(x / w)
@@ -27,8 +28,8 @@ _OFFSET_UNITS = 2**16  # resolution of a value inside its bin; 2^35 values in on
 _MIN_EXPONENT = -100  # keeps 1 / width finite in float32; all of |x| < 2^-112 shares the bins next to zero
 _CPU_CHUNK = 2**15  # values binned at a time: temporaries stay in the cache, and ops of torch's grain size wait for no thread
 _GPU_CHUNK = 2**25
-_PER_OCTAVE = 4  # classes of images
-_LEAST_OCTAVES = 2
+_PER_OCTAVE = 4  # classes of images: the root mean square of one is known to 2^(1/8), 9 %
+_LEAST_OCTAVES = 2  # how far below the median a smaller root mean square still counts for more
 
 
 @dataclass
@@ -36,8 +37,8 @@ class Histogram:
     """Rows of weighted values, one row per channel (or one for the whole tensor).
 
     Attributes:
-        values: ``[C, M]``, the representative of each bin: the mean of its members. Zeros are always a value of their own.
-        counts: ``[C, M]``, how many members each bin has; 0 for padding.
+        values: ``[C, M]``, in any order, the representative of each bin: the mean of its members. No bin holds zeros and others.
+        counts: ``[C, M]``, how many members each bin has, or their weight; 0 for padding.
         low: ``[C]``, the exact smallest value of each row.
         high: ``[C]``, the exact largest.
     """
@@ -70,13 +71,16 @@ class Histogram:
         return Histogram(rows, torch.ones_like(rows), low, high).coarsen(max_bins)
 
     def coarsen(self, bins: int) -> Histogram:
-        """Return rows of ``bins`` bins of equal width between the extremes and one bin for exact zeros (no-op on short rows)."""
+        """Return rows of ``bins`` bins of equal width from `low` to `high` and one bin for exact zeros (no-op on short rows).
+
+        Values beyond `low` and `high`, if these have been narrowed, join the first and the last bin.
+        """
         rows, length = self.values.shape
         if length <= bins:
             return self
         dtype, device = self.values.dtype, self.values.device
         width = ((self.high - self.low) / bins).clamp_min(torch.finfo(dtype).tiny)
-        index = ((self.values - self.low[:, None]) / width[:, None]).int().clamp_(max=bins - 1)
+        index = ((self.values - self.low[:, None]) / width[:, None]).clamp(0, bins - 1).int()
         index.masked_fill_(self.values == 0, bins)
         index += torch.arange(rows, dtype=torch.int32, device=device)[:, None] * (bins + 1)
         size = rows * (bins + 1)
@@ -84,7 +88,7 @@ class Histogram:
             torch.zeros(size, dtype=torch.float64, device=device).index_add_(0, index.flatten(), weights.flatten())
             for weights in (self.counts.double(), self.values.double() * self.counts)
         )
-        means = sums / counts.clamp_min(1)
+        means = sums / torch.where(counts > 0, counts, 1)
         return Histogram(means.view(rows, -1).to(dtype), counts.view(rows, -1).to(dtype), self.low, self.high)
 
 
@@ -213,9 +217,10 @@ class ImageObserver(nn.Module):
 
         image with root mean square r      ->      histogram of the class round(4 log2(r))
 
-    A few images of a hundred can have values ten times as large as the others (artifacts in the corners of MobileNetV2's last maps, for
-    example). Each value counted alike, they alone decide on a step. Errors relative to r weigh images alike; to know which value came with
-    which r, to 9 %, it is enough to keep the classes apart.
+    Some images can have values ten times as large as the others (in MobileNetV2, artifacts in a corner of its last maps). Each value
+    counted alike, these alone decide on a step. Errors relative to r weigh images alike, and for them it is enough to know the class. A
+    class takes 128 KiB; images of a dataset are usually in less than ten. An r on the border of two classes may fall into the other one
+    on another device.
 
     Args:
         name: the layer, put in front of error messages.
@@ -238,30 +243,33 @@ class ImageObserver(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """Record x, whose first axis counts images, and return it.
+        """Record x, whose first axis counts images (or windows or tokens of them, whatever the network makes of it), and return it.
 
         Raises:
             CalibrationError: x is empty or holds NaN or Inf.
         """
-        rows = x.detach().reshape(len(x), -1) if x.numel() else x
-        size = torch.linalg.vector_norm(rows, dim=1) if x.numel() else x
-        if not x.numel() or not bool(size.isfinite().all()):
-            HistogramObserver(self.name).to(x.device)(x)  # which says what is wrong, or squares were too large
-            size = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        size = size.double() / math.sqrt(rows.shape[1])
-        classes = (size.clamp_min(2.0**_MIN_EXPONENT).log2() * _PER_OCTAVE).round().int()
-        for word in classes.unique().tolist():
-            if str(word) not in self.classes:
-                self.classes[str(word)] = HistogramObserver(self.name).to(x.device)
-            members = classes == word
-            self.classes[str(word)](rows if bool(members.all()) else rows[members])
+        rows = as_rows(x.detach(), 0)
+        if not x.numel():
+            HistogramObserver(self.name)(x)  # which says so
+        wide = rows if rows.dtype == torch.float64 else rows.float()
+        norms = torch.linalg.vector_norm(wide, dim=1)
+        if not bool(norms.isfinite().all()):
+            HistogramObserver(self.name).to(x.device)(x)  # which says what is wrong, or else the squares were too large
+            norms = torch.linalg.vector_norm(wide, dim=1, dtype=torch.float64)
+        sizes = norms.double() / math.sqrt(rows.shape[1])
+        classes = (sizes.clamp_min(2.0**_MIN_EXPONENT).log2() * _PER_OCTAVE).round().int()
+        for number in classes.unique().tolist():
+            if str(number) not in self.classes:
+                self.classes[str(number)] = HistogramObserver(self.name).to(x.device)
+            members = classes == number
+            self.classes[str(number)](rows if bool(members.all()) else rows[members])
         return x
 
     def histogram(self, power: float = 0.0) -> Histogram:
-        """Return what was seen as one row ``[1, M]``, each image's values counted ``1 / r**power`` times.
+        """Return what was seen as one row ``[1, M]``, the values of each image counted ``(R / r)**power`` times.
 
-        An image with values less than a quarter of the usual size counts like one of a quarter: errors of an all but empty image, as
-        large as they may be in proportion, hardly matter.
+        r is that of the image's class, R the median over all values but zeros, and r at least R / 4: relative errors of an all but empty
+        image say little.
 
         Args:
             power: 0 counts all values alike; p makes a sum of ``|error|**p`` one of errors relative to r.
@@ -271,15 +279,16 @@ class ImageObserver(nn.Module):
         """
         if not self.seen:
             return HistogramObserver(self.name).histogram()  # which says so
-        parts = {int(word): part.histogram() for word, part in self.classes.items()}  # type: ignore[operator]
+        parts: dict[int, HistogramObserver] = {int(key): part for key, part in self.classes.items()}  # type: ignore[misc]
         order = sorted(parts)
-        counts = torch.tensor([parts[word].counts.double().sum().item() for word in order]).cumsum(0)
-        usual = order[int(torch.searchsorted(counts, counts[-1] / 2))]
-        octaves = {word: max(word - usual, -_LEAST_OCTAVES * _PER_OCTAVE) / _PER_OCTAVE for word in order}
-        values = torch.cat([parts[word].values for word in order], 1)
-        weighted = torch.cat([parts[word].counts * 2.0 ** (-power * octaves[word]) for word in order], 1)
-        low, high = (torch.stack([getattr(part, name) for part in parts.values()]) for name in ("low", "high"))
-        return Histogram(values, weighted, low.amin(0), high.amax(0))
+        filled = torch.tensor([parts[number].count - int(parts[number].zeros) for number in order]).cumsum(0)
+        usual = order[int(torch.searchsorted(filled, (filled[-1] + 1) // 2))]
+        octaves = {number: max((number - usual) / _PER_OCTAVE, -_LEAST_OCTAVES) for number in order}
+        rows = {number: part.histogram() for number, part in parts.items()}
+        values = torch.cat([rows[number].values for number in order], 1)
+        weights = torch.cat([rows[number].counts * 2.0 ** (-power * octaves[number]) for number in order], 1)
+        low, high = (torch.stack([getattr(row, name) for row in rows.values()]) for name in ("low", "high"))
+        return Histogram(values, weights, low.amin(0), high.amax(0))
 
 
 class AxisObserver(nn.Module):

@@ -8,7 +8,7 @@ Every estimator picks a range ``[low, high]`` that contains 0, and the range giv
     minmax       everything seen: nothing is clipped, the steps are coarse where there are outliers
     percentile   the quantiles 1 - q and q
     lp           the range whose grid has the smallest mean |x - Q(x)|^p; p = 2.4 is PD-Quant's choice, p = 2 that of MSE;
-                 of an activation also of (|x - Q(x)| / r)^p, r the root mean square over the image's activation (see histogram.py)
+                 of an activation, if relative, that of (|x - Q(x)| / r)^p, r the root mean square of the image (see ImageObserver)
     kl           the clip whose codes keep the shape of the distribution best (see entropy.py)
 
 Rows are searched in units of a power of two close to their largest magnitude: ``range(2 x) == 2 range(x)`` bit for bit, and tiny

@@ -13,6 +13,9 @@ above": outside of it a code is wasted as above, and at i = steps it closes arou
 best few i are then sampled eight times as densely around their best k. On rows of normal, Laplace, exponential, GELU and SiLU
 data at 5 to 8 bits this found the optimum of the whole plane.
 
+Where the extremes lie 32 times as far out as the values' root mean square, few of these widths are of any use: the grid is looked for
+within 16 times that, too, and the better one is taken.
+
 Long rows are searched in coarse bins, and the best few candidates are then compared on the rows themselves. At 8 bits, where a
 bin can be as wide as a quarter of a step, that costs up to two percent of loss on long, heavy-tailed rows; at 2 bits, less than
 a thousandth.
@@ -29,6 +32,8 @@ from fxquant.quantizers.histogram import Histogram
 _FULL_GRID_LEVELS = 16
 _BINS = {False: 256, True: 1024}  # for a search over few levels, and over many
 _WINDOW = 9
+_FAR = 16  # root mean squares: twice as far out, values are few enough to look for the grid without them, too
+_ZOOMS = 3
 _FINALISTS = 8
 _CPU_BLOCK = 2**18  # values times candidates evaluated at a time: few enough for the temporaries to stay in the cache,
 _GPU_BLOCK = 2**24  # and enough to keep a GPU busy; 64 MiB in float32
@@ -80,15 +85,40 @@ def lp_grid(h: Histogram, spec: QuantSpec, p: float, steps: int) -> tuple[Tensor
         p: the exponent.
         steps: the number of widths tried.
     """
+    scale, zero_point = _searched(h, h.low, h.high, spec, p, steps)
+    low, high = h.low, h.high
+    for _ in range(_ZOOMS):
+        reach = _FAR * _root_mean_square(h, low, high)
+        far = (torch.maximum(-low, high) > 2 * reach).nonzero().flatten()
+        if not len(far):
+            break
+        low, high = low.maximum(-reach), high.minimum(reach)
+        rows = Histogram(h.values[far], h.counts[far], h.low[far], h.high[far])
+        near = _searched(rows, low[far], high[far], spec, p, steps)
+        both = torch.stack([scale[far], near[0]], 1), torch.stack([zero_point[far], near[1]], 1)
+        scale[far], zero_point[far] = best_of(rows, *both, spec, p)
+    return scale, zero_point
+
+
+def _root_mean_square(h: Histogram, low: Tensor, high: Tensor) -> Tensor:
+    """Return that of the values of each row ``[C]`` within ``[low, high]``, zeros left out."""
+    inside = (h.values >= low[:, None]) & (h.values <= high[:, None]) & (h.values != 0)
+    counts = h.counts.double() * inside
+    mean = (counts * h.values.double().square()).sum(1) / counts.sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+    return mean.sqrt().to(h.values.dtype)
+
+
+def _searched(h: Histogram, low: Tensor, high: Tensor, spec: QuantSpec, p: float, steps: int) -> tuple[Tensor, Tensor]:
+    """Return the best grid on h of those within ``[low, high]``, which need not hold all values."""
     large = spec.levels > _FULL_GRID_LEVELS
-    coarse = h.coarsen(_BINS[large])
+    coarse = Histogram(h.values, h.counts, low, high).coarsen(_BINS[large])
     if large and not spec.symmetric:
         candidates = _window_candidates(coarse, spec, p, steps)
     else:
         candidates = _all_candidates(coarse, spec, steps)
     losses = lp_losses(coarse, *candidates, spec, p)
     finalists = losses.topk(min(_FINALISTS, losses.shape[1]), 1, largest=False).indices.sort(1).values
-    minmax = grid_of_range(h.low, h.high, spec)
+    minmax = grid_of_range(low, high, spec)
     scale, zero_point = (torch.cat([x.gather(1, finalists), y[:, None]], 1) for x, y in zip(candidates, minmax, strict=True))
     return best_of(h, scale, zero_point, spec, p)
 

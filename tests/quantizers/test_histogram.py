@@ -229,6 +229,26 @@ def test_few_images_with_enormous_values_do_not_decide_on_the_step():
         assert one.scale == two.scale
 
 
+def test_bins_of_weighted_values_lie_where_the_values_do():
+    """Weights far below one: a bin holds the mean of its members, whatever they weigh together."""
+    x = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0))
+    h = Histogram(x, torch.ones_like(x), x.amin(1), x.amax(1))
+    light = Histogram(x, 1e-3 * torch.ones_like(x), x.amin(1), x.amax(1))
+    torch.testing.assert_close(light.coarsen(64).values, h.coarsen(64).values)
+    torch.testing.assert_close(light.coarsen(64).counts, 1e-3 * h.coarsen(64).counts)
+
+
+def test_empty_images_do_not_say_what_is_usual():
+    x = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0))
+    x[:3] = 0
+    h = observe(x, kind=ImageObserver).histogram(2.4)
+    assert torch.allclose(h.counts[h.values != 0].sum(), torch.tensor(2000.0), rtol=0.3)
+    found = activation_quantizer(observe(x, kind=ImageObserver), QuantSpec(4), relative=True)
+    assert found.scale.isclose(activation_quantizer(observe(x[3:], kind=ImageObserver), QuantSpec(4)).scale, rtol=0.1)
+    nothing = activation_quantizer(observe(torch.zeros(3, 7), kind=ImageObserver), QuantSpec(4), relative=True)
+    assert nothing.scale == 1
+
+
 def test_images_whose_squares_are_too_large_for_their_dtype():
     x = torch.tensor([[1e30, -2e30], [1e-30, 1e-30]])
     h = observe(x, kind=ImageObserver).histogram()

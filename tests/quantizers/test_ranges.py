@@ -15,6 +15,7 @@ from fxquant.quantizers import (
     Histogram,
     ImageObserver,
     QuantSpec,
+    UniformQuantizer,
     activation_quantizer,
     estimate_range,
     weight_quantizer,
@@ -334,3 +335,19 @@ def test_errors_name_the_layer():
         activation_quantizer(observer, QuantSpec(2, symmetric=True))
     with pytest.raises(CalibrationError, match=r"act: never saw data"):
         activation_quantizer(ImageObserver("act"), QuantSpec(2))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_extremes_that_hardly_count_leave_the_grid_alone(bits):
+    """One value is a thousand times as large as the others, and weighs nothing: the grid is that of the others, found as closely."""
+    x = torch.randn(1, 20000, generator=torch.Generator().manual_seed(0))
+    far = torch.cat([x, torch.tensor([[4000.0]])], 1)
+    weights = torch.ones_like(far)
+    weights[0, -1] = 1e-14
+    plain = Histogram.of(x, max_bins=x.numel())
+    scale, zero_point = estimate_range(Histogram(far, weights, far.amin(1), far.amax(1)), QuantSpec(bits))
+    losses = [
+        (x - UniformQuantizer(QuantSpec(bits), *grid)(x)).abs().pow(2.4).sum()
+        for grid in ((scale, zero_point), estimate_range(plain, QuantSpec(bits)))
+    ]
+    assert losses[0] <= 1.03 * losses[1]
