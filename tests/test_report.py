@@ -100,6 +100,9 @@ def test_json_round_trip(quantized):
     report = fxquant.report(quantized)
     text = json.dumps(report.to_dict(), allow_nan=False)
     assert Record.from_dict(json.loads(text)) == report.record
+    old = json.loads(text)
+    del old["recipe"]["activation_error"]
+    assert Record.from_dict(old).recipe.activation_error == "absolute", "files without the field were made with absolute errors"
 
 
 def test_a_record_is_complete_without_times(quantized):

@@ -29,7 +29,7 @@ _MIN_EXPONENT = -100  # keeps 1 / width finite in float32; all of |x| < 2^-112 s
 _CPU_CHUNK = 2**15  # values binned at a time: temporaries stay in the cache, and ops of torch's grain size wait for no thread
 _GPU_CHUNK = 2**25
 _PER_OCTAVE = 4  # classes of images: the root mean square of one is known to 2^(1/8), 9 %
-_LEAST_OCTAVES = 2  # how far below the median a smaller root mean square still counts for more
+_OCTAVES_BELOW = 2  # how far below the median a smaller root mean square still counts for more
 
 
 @dataclass
@@ -162,13 +162,7 @@ class HistogramObserver(nn.Module):
         return x
 
     def _record_extremes(self, flat: Tensor) -> None:
-        if flat.numel() == 0:
-            raise CalibrationError("the activation holds no values", where=self.name, fix="Give batches of at least one image")
-        low, high = flat.aminmax()
-        if not bool(low.isfinite() & high.isfinite()):
-            raise CalibrationError(
-                "the activation holds NaN or Inf", where=self.name, fix="Check the calibration images, and the float network on them"
-            )
+        low, high = _extremes(flat, self.name)
         self.low = torch.minimum(self.low.to(flat.dtype), low)
         self.high = torch.maximum(self.high.to(flat.dtype), high)
         # frexp: |x| < 2^exponent, with equality nowhere, so that floor(x / width) is below 4096.
@@ -212,6 +206,18 @@ class HistogramObserver(nn.Module):
         return Histogram(values[kept][None].to(dtype), counts[kept][None].to(dtype), self.low.view(1), self.high.view(1))
 
 
+def _extremes(values: Tensor, name: str | None) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value, both finite; anything else is a CalibrationError that names the layer."""
+    if values.numel() == 0:
+        raise CalibrationError("the activation holds no values", where=name, fix="Give batches of at least one image")
+    low, high = values.aminmax()
+    if not bool(low.isfinite() & high.isfinite()):
+        raise CalibrationError(
+            "the activation holds NaN or Inf", where=name, fix="Check the calibration images, and the float network on them"
+        )
+    return low, high
+
+
 class ImageObserver(nn.Module):
     """Returns its input unchanged and remembers how its values are distributed, apart for images with small and with large values.
 
@@ -249,12 +255,10 @@ class ImageObserver(nn.Module):
             CalibrationError: x is empty or holds NaN or Inf.
         """
         rows = as_rows(x.detach(), 0)
-        if not x.numel():
-            HistogramObserver(self.name)(x)  # which says so
         wide = rows if rows.dtype == torch.float64 else rows.float()
         norms = torch.linalg.vector_norm(wide, dim=1)
-        if not bool(norms.isfinite().all()):
-            HistogramObserver(self.name).to(x.device)(x)  # which says what is wrong, or else the squares were too large
+        if not x.numel() or not bool(norms.isfinite().all()):
+            _extremes(rows, self.name)  # says what is wrong; if nothing is, the squares were too large
             norms = torch.linalg.vector_norm(wide, dim=1, dtype=torch.float64)
         sizes = norms.double() / math.sqrt(rows.shape[1])
         classes = (sizes.clamp_min(2.0**_MIN_EXPONENT).log2() * _PER_OCTAVE).round().int()
@@ -283,7 +287,7 @@ class ImageObserver(nn.Module):
         order = sorted(parts)
         filled = torch.tensor([parts[number].count - int(parts[number].zeros) for number in order]).cumsum(0)
         usual = order[int(torch.searchsorted(filled, (filled[-1] + 1) // 2))]
-        octaves = {number: max((number - usual) / _PER_OCTAVE, -_LEAST_OCTAVES) for number in order}
+        octaves = {number: max((number - usual) / _PER_OCTAVE, -_OCTAVES_BELOW) for number in order}
         rows = {number: part.histogram() for number, part in parts.items()}
         values = torch.cat([rows[number].values for number in order], 1)
         weights = torch.cat([rows[number].counts * 2.0 ** (-power * octaves[number]) for number in order], 1)
