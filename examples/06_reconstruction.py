@@ -185,7 +185,7 @@ def bits_of(setting: str) -> tuple[int, int]:
 @torch.inference_mode()
 def logits(network: nn.Module, images: Tensor) -> Tensor:
     """Return the outputs ``[N, C]`` for all images."""
-    return torch.cat([network(batch) for batch in images.split(128)])
+    return torch.cat([network(batch) for batch in images.split(max(1, min(128, 2**19 // images[0].numel())))])
 
 
 def label(name: str, changes: dict[str, Any]) -> str:

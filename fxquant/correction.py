@@ -16,6 +16,7 @@ from fxquant.cat import CAT, fit_cat, select_cat
 from fxquant.console import Narrator
 from fxquant.data import check_seed, collect, fresh_views, rebatch, seeded
 from fxquant.errors import CATError, ConfigError, FxquantWarning
+from fxquant.execution import BATCH, images_at_once
 from fxquant.graph import called
 from fxquant.inspection import working_device
 from fxquant.metrics import kl_divergence
@@ -89,7 +90,9 @@ def append_cat(
     narrator = Narrator(progress)
     device = working_device(quantized, device)
     with seeded(seed, loader):
-        batches = rebatch(collect(loader, _precision_of(quantized)))
+        graphs = [network for network in (quantized, teacher) if isinstance(network, GraphModule)]
+        size = min((images_at_once(graph, device) for graph in graphs), default=BATCH)
+        batches = rebatch(collect(loader, _precision_of(quantized)), size)
         mine, theirs = logits_of_each([quantized, teacher], batches, narrator, device)
         if fit == "auto":
             if reason := _too_few(len(mine)):

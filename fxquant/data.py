@@ -120,7 +120,7 @@ def first_images(batches: Iterable[Tensor], count: int, device: torch.device) ->
 def fresh_views(loader: Iterable[Any], batches: list[Tensor], views: int, augment: str, seed: int) -> tuple[Iterable[Tensor], Tensor, str]:
     """Return views of the calibration images that no range was chosen on, to be read once.
 
-    They are made as they are read: a batch at a time, or a pass of the loader at a time.
+    They are made as they are read, a batch at a time, or a pass of the loader at a time, in batches of the size of `batches`.
 
     The data set of a DataLoader that augments at random (two passes in one order differ) is passed over `views` times, in
     one order. Otherwise images are shifted (reflected at the border, by up to an eighth of the size) and, with ``"crop+flip"``, mirrored.
@@ -132,7 +132,7 @@ def fresh_views(loader: Iterable[Any], batches: list[Tensor], views: int, augmen
     sources = torch.arange(sum(map(len, batches)))
     repeating = in_one_order(loader)
     if repeating is not None and is_random(repeating):
-        passes = (batch for _ in range(views) for batch in collect(repeating, batches[0].dtype))
+        passes = (batch for _ in range(views) for batch in rebatch(collect(repeating, batches[0].dtype), max(map(len, batches))))
         return passes, sources.repeat(views), f"{views} passes of the loader"
     if augment == "none":
         return batches, sources, "the calibration images themselves"

@@ -21,6 +21,11 @@ from fxquant.kinds import kind
 
 _VIEWS = frozenset({"view", "getitem"})
 
+BATCH = 64
+"""Images in a forward pass where nothing else decides it."""
+LARGEST_VALUE = 2**24
+"""Bytes of the largest value of a graph, for all images of a batch, when it runs on a CPU."""
+
 Values = list[Any]
 """The value of one node, batch by batch."""
 
@@ -78,6 +83,16 @@ def peak_bytes(gm: GraphModule) -> float:
         dropped[last.get(node, node)] = dropped.get(last.get(node, node), 0.0) + bytes_per_image(node)
         live -= dropped.get(node, 0.0)
     return peak
+
+
+def images_at_once(gm: GraphModule, device: torch.device, most: int = BATCH) -> int:
+    """Return how many images to run through `gm` together: `most`, on a CPU fewer where `LARGEST_VALUE` asks for it.
+
+    Larger values leave the caches, and the C library maps them from the system and gives them back for every operation, which costs several
+    times the operation.
+    """
+    largest = max((copied_bytes_per_image(node) for node in gm.graph.nodes), default=0)
+    return max(1, min(most, int(LARGEST_VALUE / max(largest, 1)))) if device.type == "cpu" else most
 
 
 def bytes_per_image(node: Node) -> float:

@@ -17,6 +17,9 @@ from fxquant.tracing import trace
 from fxquant.tracing.leaves import unwrap
 from fxquant.tree import tensors_of
 
+STATISTICS = ("running_mean", "running_var")
+"""Names of the buffers of norms that have to be finite."""
+
 
 def check_network(model: nn.Module, architecture: bool = False) -> nn.Module:
     """Return `model` without DataParallel and compiled wrappers.
@@ -26,21 +29,25 @@ def check_network(model: nn.Module, architecture: bool = False) -> nn.Module:
         architecture: only its structure matters, its values may be anything.
 
     Raises:
-        ModelError: it is no module, is quantized already, or a parameter is half precision, complex, not finite, or on the meta device.
+        ModelError: it is no module, is quantized already, or a parameter is half precision, complex, not finite, or on the meta device;
+            other buffers than the statistics of norms may be infinite: masks and bounds are.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"is a {type(model).__name__}, not an nn.Module", where="model", fix="Pass the network itself")
     model = unwrap(model)
     if any(isinstance(module, QuantizedLayer | UniformQuantizer) for module in model.modules()):
         raise ModelError("is quantized already", where=type(model).__name__, fix="Pass the float network, with other bits or overrides")
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+    buffers = dict(model.named_buffers())
+    for name, value in [*model.named_parameters(), *buffers.items()]:
         if value.is_meta:
             raise ModelError("has no data (meta device)", where=name, fix="Load weights before quantizing")
         if (value.is_floating_point() or value.is_complex()) and value.dtype not in (torch.float32, torch.float64):
             kind = str(value.dtype).removeprefix("torch.")
             raise ModelError(f"is {kind}; ranges are chosen in float32", where=name, fix="Pass model.float()")
-        if not architecture and value.is_floating_point() and not bool(value.isfinite().all()):
-            raise ModelError("holds NaN or Inf", where=name, fix="Re-load the checkpoint")
+        if not architecture and value.is_floating_point():
+            bound = name in buffers and name.rpartition(".")[2] not in STATISTICS  # infinite where nothing is masked or bounded
+            if bool((value.isnan() if bound else ~value.isfinite()).any()):
+                raise ModelError("holds NaN" if bound else "holds NaN or Inf", where=name, fix="Re-load the checkpoint")
     kinds = {value.dtype: name for name, value in model.named_parameters() if value.is_floating_point()}
     if len(kinds) > 1:
         named = " and ".join(f"{name} {str(dtype).removeprefix('torch.')}" for dtype, name in kinds.items())

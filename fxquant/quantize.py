@@ -24,6 +24,7 @@ from fxquant.correction import CatSetting, append_selected, check_cat_setting
 from fxquant.coverage import describe_work
 from fxquant.data import check_seed, collect, in_one_order, is_changing, rebatch, repeatable
 from fxquant.errors import ConfigError
+from fxquant.execution import images_at_once
 from fxquant.inspection import check_network, traced, working_device
 from fxquant.learning import keeper_of, learning_passes
 from fxquant.pipeline import Pipeline
@@ -82,16 +83,15 @@ def quantize(
     if w is None and a is None:
         raise ConfigError("w and a are both None, so there is nothing to quantize", fix="Give bits to one of them")
     narrator = Narrator(progress)
-    model = check_network(model)
+    model, seed = check_network(model), check_seed(seed)
     device = working_device(model, device)
-    seed = check_seed(seed)
     with repeatable(seed, calib_loader):
-        ordered = in_one_order(calib_loader)
-        calib_loader = calib_loader if ordered is None else ordered
-        images = rebatch(collect(calib_loader, next((p.dtype for p in model.parameters()), torch.float32)))
+        calib_loader = in_one_order(calib_loader) or calib_loader
+        images = collect(calib_loader, next((p.dtype for p in model.parameters()), torch.float32))
 
         prepare = Pipeline([step() for step in passes.PREPARE], narrator.passed, narrator.bar)
         teacher = prepare.run(traced(model, images[0].to(device)).to(device))
+        images = rebatch(images, images_at_once(teacher, device))
         plan = place(teacher, w, a, edges, overrides, recipe.matmul_scales)
         narrator.line("place", f"{len(plan.layers)} layers, {len(plan.tensors)} tensors, edges {edges!r}: {EDGES[edges]}")
         some = affordable_images(images, recipe.bias_images, recipe, teacher, device)

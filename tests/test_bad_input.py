@@ -244,6 +244,20 @@ def test_nan_statistics(quantize, make_net, images):
         quantize(network, images)
 
 
+def test_nan_buffer(quantize, make_net, images):
+    network = make_net()
+    network.register_buffer("bound", torch.tensor([1.0, float("nan")]))
+    with pytest.raises(fxquant.ModelError, match=r"^bound: holds NaN. Re-load the checkpoint\.$"):
+        quantize(network, images)
+
+
+def test_infinite_statistics(quantize, make_net, images):
+    network = make_net()
+    network.bn1.running_mean[2] = float("inf")
+    with pytest.raises(fxquant.ModelError, match=r"^bn1.running_mean: holds NaN or Inf"):
+        quantize(network, images)
+
+
 def test_meta_device(quantize, net, images):
     with pytest.raises(fxquant.ModelError, match=r"conv1.weight: has no data \(meta device\). Load weights before quantizing"):
         quantize(net.to("meta"), images)

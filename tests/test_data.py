@@ -138,6 +138,14 @@ def test_passes_of_a_loader_that_augments(numbered, shuffle, workers):
     assert groups[:12].unique().numel() == 12
 
 
+def test_passes_of_a_loader_come_in_batches_like_those_given(numbered):
+    loader = DataLoader(Noisy(torch.cat(numbered)), 6)
+    whole, _, _ = fresh_views(loader, collect(loader), 2, "crop", 0)
+    assert [len(batch) for batch in whole] == [6] * 4
+    small, _, _ = fresh_views(loader, rebatch(collect(loader), 2), 2, "crop", 0)
+    assert [len(batch) for batch in small] == [2] * 12
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(torch.rand(8, 1, 4, 4))

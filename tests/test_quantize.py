@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
 
 import fxquant
+from fxquant import execution
 from fxquant.cat import CAT
+from fxquant.data import rebatch
 from fxquant.metrics import kl_divergence
 from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers.histogram import ImageObserver
 from fxquant.quantizers.layers import QuantizedLayer
 from fxquant.recipe import PRESETS
 
@@ -49,6 +52,39 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
 
 
 # What comes out
+
+
+def test_few_images_at_once_where_values_are_large(net, images, monkeypatch):
+    """The same network, whatever the batches: what they are is a matter of speed."""
+    seen: list[int] = []
+    real = ImageObserver.forward
+    monkeypatch.setattr(ImageObserver, "forward", lambda self, x: seen.append(len(x)) or real(self, x))
+    recipe = fxquant.Recipe(stages=("ranges", "bias"))
+    whole = quantize(net, images, recipe=recipe, cat=False)
+    assert set(seen) == set(map(len, rebatch(images)))
+    seen.clear()
+    monkeypatch.setattr(execution, "LARGEST_VALUE", 1)
+    few = quantize(net, images, recipe=recipe, cat=False)
+    assert record_of(few).passes == record_of(whole).passes
+    assert set(seen) == {1}
+
+
+def test_infinite_bounds(images):
+    """Buffers that bound nothing, as gemma's clipped layers have them without a checkpoint."""
+
+    class Bounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+            self.register_buffer("low", torch.tensor(-torch.inf))
+
+        def forward(self, x):
+            return self.fc(self.conv(x).clamp(min=self.low).relu().mean((2, 3)))
+
+    network = Bounded().eval()
+    quantized = quantize(network, images, w=8, a=8, cat=False)
+    with torch.no_grad():
+        torch.testing.assert_close(quantized(images[0]), network(images[0]), rtol=0, atol=0.02)
 
 
 def test_one_graph_module_ready_for_inference(net, images):

@@ -19,7 +19,7 @@ from fxquant.reconstruction.learners import Learners
 from fxquant.reconstruction.losses import channel_loss
 from fxquant.reconstruction.norms import FoldedNorm, norm_distance
 from fxquant.reconstruction.unit import Show
-from fxquant.reconstruction.walk import BATCH, Visit, Walk
+from fxquant.reconstruction.walk import Visit, Walk
 from fxquant.units import extract, merge
 
 RANGE_IMAGES = 256
@@ -120,7 +120,7 @@ def choose_ranges_again(visit: Visit, student: GraphModule, recipe: Recipe) -> N
     """Choose the scale of every activation quantizer of a unit from what reaches it behind the quantized prefix, in order (PD-Quant)."""
     make = activation_quantizers(recipe)
     graph = fork(visit.student)
-    rows = torch.arange(min(RANGE_IMAGES, visit.store.count)).split(BATCH)
+    rows = torch.arange(min(RANGE_IMAGES, visit.store.count)).split(visit.batch)
     for node, module in list(called(graph)):
         if not isinstance(module, UniformQuantizer) or visit.is_settled(module):
             continue

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxquant.execution import images_at_once
 from fxquant.graph import fork
 from fxquant.quantizers.learned import LatentWeight
 from fxquant.reconstruction.learners import Learners, without_gradients
@@ -101,7 +102,7 @@ class NetworkTraining:
         for parameter in learners.graph.parameters():  # what has no rate needs no gradient
             parameter.requires_grad_(id(parameter) in moving)
         self.start = [parameter.detach().clone() for parameter in self.parameters]
-        self.held_out = held_out.to(device)
+        self.held_out, self.at_once = held_out.to(device), images_at_once(teacher, device, 128)
         with torch.no_grad():
             self.wanted = self._outputs(self.teacher, self.held_out)
         self.latents = [learner for learner in learners.weights.values() if isinstance(learner, LatentWeight)]
@@ -203,7 +204,7 @@ class NetworkTraining:
         return feature_loss(tensors_of(mine), tensors_of(self.wanted)).item()
 
     def _outputs(self, graph: GraphModule, images: Tensor) -> Any:
-        parts = [graph(part)[0] for part in images.split(128)]
+        parts = [graph(part)[0] for part in images.split(self.at_once)]
         if is_logits(parts[0]):
             return torch.cat(parts)
         return [torch.cat(values) for values in zip(*map(tensors_of, parts), strict=True)]

@@ -21,7 +21,7 @@ from fxquant.reconstruction.losses import prediction_loss
 from fxquant.reconstruction.network import is_logits
 from fxquant.reconstruction.store import Store
 from fxquant.reconstruction.unit import Show
-from fxquant.reconstruction.walk import BATCH, Visit, Walk
+from fxquant.reconstruction.walk import Visit, Walk
 from fxquant.units import Unit, extract, merge, on_student
 
 
@@ -97,7 +97,7 @@ def sensitivities(
         quantized = Learners(extract(student, on_student(visit.unit, student)), None, None).graph
         suffix = suffix_of(walk, visit.index)
         loss = square = first_order = 0.0
-        for rows in torch.arange(store.count).split(BATCH):
+        for rows in torch.arange(store.count).split(walk.batch):
             value, error, product = _curvature(visit, quantized, suffix, rows, literal)
             loss, square, first_order = loss + value, square + error, first_order + product
         if show is not None:

@@ -234,7 +234,7 @@ class UnitLearning:
         if hard:
             put_modules(graph, self.learners.fixed())
         noise = power = 0.0
-        for rows in torch.arange(min(CHECKED, self.data.count)).split(64):
+        for rows in torch.arange(min(CHECKED, self.data.count)).split(self.data.visit.batch):
             out = graph(*self.data.visit.quantized(rows))
             for mine, target in zip(out if isinstance(out, tuple) else (out,), self.data.visit.targets(rows), strict=True):
                 noise += (mine.double() - target.double()).square().sum().item()

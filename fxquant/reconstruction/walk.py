@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.execution import copied_bytes_per_image
+from fxquant.execution import BATCH, copied_bytes_per_image, images_at_once
 from fxquant.graph import called
 from fxquant.kinds import kind
 from fxquant.quantizers import UniformQuantizer
@@ -24,9 +24,6 @@ from fxquant.recipe import Recipe
 from fxquant.reconstruction.learners import Learners, without_gradients
 from fxquant.reconstruction.store import Store
 from fxquant.units import Unit, extract, on_student
-
-BATCH = 64
-"""Images in a forward pass that fills the cache."""
 
 MOVES = ("input", "view", "getitem", "getattr", "size", "matmul", "attention", "other", "constant", "mean")
 """Kinds of nodes behind which the channels may be on another axis than in front."""
@@ -45,6 +42,8 @@ class Visit:
     """Names that are the same on both sides: the images, or all where teacher and student are one graph."""
     activations: bool = True
     """Whether the student's activations are quantized."""
+    batch: int = BATCH
+    """How many images to run through the unit at once where nothing else decides it."""
     settled: frozenset[str] = frozenset()
     """Paths of quantizers that an earlier unit has learned already: those of images that several units read."""
 
@@ -119,7 +118,7 @@ class Walk:
         same = [name for unit in units for name in unit.outputs] if student is teacher else []
         self.shared = frozenset((*placeholders, *same))
         self.placeholders = frozenset(placeholders)
-        self.images, self.activations = images, activations
+        self.images, self.activations, self.batch = images, activations, images_at_once(teacher, store.device)
         read = {name for unit in units for name in unit.inputs}
         self.last = {name: max(index for index, unit in enumerate(units) if name in unit.inputs) for name in read}
 
@@ -134,7 +133,9 @@ class Walk:
                 student = extract(self.student, on_student(unit, self.student))
                 of_images = {str(node.target) for node, _ in called(student) if node.all_input_nodes[0].name in self.placeholders}
                 of_images = {path for path in of_images if isinstance(student.get_submodule(path), UniformQuantizer)}
-                yield Visit(index, unit, teacher, student, self.store, self.shared, self.activations, frozenset(of_images & settled))
+                yield Visit(
+                    index, unit, teacher, student, self.store, self.shared, self.activations, self.batch, frozenset(of_images & settled)
+                )
                 settled |= of_images
             if any(name in self.last and name not in self.shared for name in unit.outputs):
                 quantized = extract(self.student, on_student(unit, self.student))
@@ -156,7 +157,7 @@ class Walk:
 
     @torch.no_grad()
     def _outputs(self, graph: GraphModule, unit: Unit, side: str) -> Iterator[tuple[Tensor, ...]]:
-        inputs = [self.store.batches(key(name, side, self.shared), BATCH) for name in unit.inputs]
+        inputs = [self.store.batches(key(name, side, self.shared), self.batch) for name in unit.inputs]
         for values in zip(*inputs, strict=True):
             out = graph(*values)
             yield out if isinstance(out, tuple) else (out,)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
 
 from fxquant.errors import ConfigError
-from fxquant.execution import bytes_per_image
+from fxquant.execution import BATCH, bytes_per_image
 from fxquant.graph import called, fork, is_tensor
 from fxquant.kinds import kind
 from fxquant.passes import ReconstructUnits
@@ -22,7 +22,7 @@ from fxquant.recipe import Recipe
 from fxquant.reconstruction import walk as module
 from fxquant.reconstruction.learners import Learners, put_modules
 from fxquant.reconstruction.store import Store
-from fxquant.reconstruction.walk import BATCH, Visit, Walk, cache_of, channel_axis, peak_need, peak_need_of_packs
+from fxquant.reconstruction.walk import Visit, Walk, cache_of, channel_axis, peak_need, peak_need_of_packs
 from fxquant.units import Unit, cut, merge
 
 COUNT = BATCH + 6
