@@ -113,9 +113,8 @@ def finish_ratio(
     labels = torch.arange(recipe.finish_batch) % 10
 
     def step() -> None:
-        loss = training.loss(training.views.batch(0))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        training.backward(training.views.batch(0))
         optimizer.step()
         for learner in training.latents:
             learner.project()

@@ -10,6 +10,7 @@ scales and zero-points move a little. Views are made from the number of the step
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -141,9 +142,8 @@ class NetworkTraining:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * cosine(done, settings.warmup)
             self._mix(annealed(done, settings.mix, settings.mix_until))
-            loss = self.loss(self.views.batch(step).to(self.device))
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss = self.backward(self.views.batch(step).to(self.device))
             optimizer.step()
             for learner in self.latents:
                 learner.project()
@@ -170,8 +170,20 @@ class NetworkTraining:
         self._mix(0.0)
         return outcome
 
+    def backward(self, images: Tensor) -> Tensor:
+        """Add the gradients of a batch to those of the parameters, and return its loss.
+
+        Where values are large it is taken in parts, whose losses are averaged: that of features is normalized a part at a time.
+        """
+        total = images.new_zeros(())
+        for part in images.tensor_split(math.ceil(len(images) / self.at_once)):
+            loss = self.loss(part) * (len(part) / len(images))
+            loss.backward()
+            total += loss.detach()
+        return total
+
     def loss(self, images: Tensor) -> Tensor:
-        """Return what is minimized for one batch, in float32."""
+        """Return what is minimized for images, in float32."""
         settings, (student, teacher) = self.settings, self.steps
         if settings.compile and self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()  # what the teacher gives lives until the next step, not until the student runs

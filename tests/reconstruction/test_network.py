@@ -11,6 +11,7 @@ from test_learners import CPU, pair, spread
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxquant import execution
 from fxquant.quantizers.learned import LatentWeight, LearnedQuantizer
 from fxquant.reconstruction.learners import Learners, put_modules
 from fxquant.reconstruction.network import NetworkSettings, NetworkTraining, is_logits, with_features
@@ -90,6 +91,29 @@ def test_only_learners_get_gradients(nets):
     training.loss(X[:6]).backward()
     assert all(parameter.grad is not None for parameter in training.parameters)
     assert all(part.grad is None for model in nets for part in model.parameters())
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 7])
+def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_the_whole(nets, at_once):
+    training = training_of(nets, replace(PLAIN, feature_weight=0.0, penalty=0.3))
+    with torch.no_grad():
+        for parameter in training.parameters:
+            parameter.add_(0.01)
+    training.loss(X[:7]).backward()
+    wanted = [parameter.grad.clone() for parameter in training.parameters]
+    sizes, loss = [], training.loss
+    training.at_once, training.loss = at_once, lambda x: sizes.append(len(x)) or loss(x)
+    for parameter in training.parameters:
+        parameter.grad = None
+    torch.testing.assert_close(training.backward(X[:7]), loss(X[:7]).detach())
+    assert sizes == {1: [1] * 7, 3: [3, 2, 2], 7: [7]}[at_once]
+    torch.testing.assert_close([parameter.grad for parameter in training.parameters], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_how_many_images_are_trained_on_at_once_follows_the_largest_value(nets, monkeypatch):
+    assert training_of(nets).at_once == 128
+    monkeypatch.setattr(execution, "LARGEST_VALUE", 1)
+    assert training_of(nets).at_once == 1
 
 
 def test_the_error_on_the_held_out_images_is_the_kl_that_is_minimized(nets):
