@@ -91,7 +91,7 @@ def append_cat(
     device = working_device(quantized, device)
     with seeded(seed, loader):
         graphs = [network for network in (quantized, teacher) if isinstance(network, GraphModule)]
-        size = min((images_at_once(graph, device) for graph in graphs), default=BATCH)
+        size = min((images_at_once(graph.graph.nodes, device) for graph in graphs), default=BATCH)
         batches = rebatch(collect(loader, _precision_of(quantized)), size)
         mine, theirs = logits_of_each([quantized, teacher], batches, narrator, device)
         if fit == "auto":

@@ -9,7 +9,7 @@ So a pass can change a layer on the way, and everything behind it sees the chang
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -85,13 +85,13 @@ def peak_bytes(gm: GraphModule) -> float:
     return peak
 
 
-def images_at_once(gm: GraphModule, device: torch.device, most: int = BATCH) -> int:
-    """Return how many images to run through `gm` together: `most`, on a CPU fewer where `LARGEST_VALUE` asks for it.
+def images_at_once(nodes: Iterable[Node], device: torch.device, most: int = BATCH) -> int:
+    """Return how many images to run through `nodes` of a traced graph together: `most`, on a CPU fewer where `LARGEST_VALUE` asks for it.
 
     Larger values leave the caches, and the C library maps them from the system and gives them back for every operation, which costs several
     times the operation.
     """
-    largest = max((copied_bytes_per_image(node) for node in gm.graph.nodes), default=0)
+    largest = max((copied_bytes_per_image(node) for node in nodes), default=0)
     return max(1, min(most, int(LARGEST_VALUE / max(largest, 1)))) if device.type == "cpu" else most
 
 

@@ -91,7 +91,7 @@ def quantize(
 
         prepare = Pipeline([step() for step in passes.PREPARE], narrator.passed, narrator.bar)
         teacher = prepare.run(traced(model, images[0].to(device)).to(device))
-        images = rebatch(images, images_at_once(teacher, device))
+        images = rebatch(images, images_at_once(teacher.graph.nodes, device))
         plan = place(teacher, w, a, edges, overrides, recipe.matmul_scales)
         narrator.line("place", f"{len(plan.layers)} layers, {len(plan.tensors)} tensors, edges {edges!r}: {EDGES[edges]}")
         some = affordable_images(images, recipe.bias_images, recipe, teacher, device)

@@ -105,16 +105,16 @@ def test_peak_bytes_of_a_net_by_hand():
 def test_images_at_once_by_the_largest_value(monkeypatch):
     layers = {"conv": nn.Conv2d(3, 8, 1), "fc": nn.Linear(8, 5)}
     gm = prepared(Net(lambda s, x: s.fc(s.conv(x).mean((2, 3))), **layers))  # the largest value: 8*16*16 floats, 8 KiB an image
-    assert images_at_once(gm, torch.device("cpu")) == images_at_once(gm, torch.device("cuda")) == BATCH
-    assert images_at_once(gm, torch.device("cpu"), 128) == 128
+    assert images_at_once(gm.graph.nodes, torch.device("cpu")) == images_at_once(gm.graph.nodes, torch.device("cuda")) == BATCH
+    assert images_at_once(gm.graph.nodes, torch.device("cpu"), 128) == 128
     for size, count in ((8 * 2**10, 1), (3 * 8 * 2**10 + 1, 3), (2**10, 1), (64 * 8 * 2**10, 64)):
         monkeypatch.setattr(execution, "LARGEST_VALUE", size)
-        assert images_at_once(gm, torch.device("cpu")) == count
-        assert images_at_once(gm, torch.device("cuda")) == BATCH
+        assert images_at_once(gm.graph.nodes, torch.device("cpu")) == count
+        assert images_at_once(gm.graph.nodes, torch.device("cuda")) == BATCH
 
 
 def test_images_at_once_of_a_graph_without_shapes():
-    assert images_at_once(symbolic_trace(nn.Conv2d(3, 8, 1)), torch.device("cpu")) == BATCH
+    assert images_at_once(symbolic_trace(nn.Conv2d(3, 8, 1)).graph.nodes, torch.device("cpu")) == BATCH
 
 
 def test_peak_counts_a_value_as_long_as_its_views():

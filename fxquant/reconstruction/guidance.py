@@ -120,7 +120,7 @@ def choose_ranges_again(visit: Visit, student: GraphModule, recipe: Recipe) -> N
     """Choose the scale of every activation quantizer of a unit from what reaches it behind the quantized prefix, in order (PD-Quant)."""
     make = activation_quantizers(recipe)
     graph = fork(visit.student)
-    rows = torch.arange(min(RANGE_IMAGES, visit.store.count)).split(visit.batch)
+    rows = torch.arange(min(RANGE_IMAGES, visit.store.count)).split(visit.images_at_once())
     for node, module in list(called(graph)):
         if not isinstance(module, UniformQuantizer) or visit.is_settled(module):
             continue

@@ -103,7 +103,7 @@ class NetworkTraining:
         for parameter in learners.graph.parameters():  # what has no rate needs no gradient
             parameter.requires_grad_(id(parameter) in moving)
         self.start = [parameter.detach().clone() for parameter in self.parameters]
-        self.held_out, self.at_once = held_out.to(device), images_at_once(teacher, device, 128)
+        self.held_out, self.at_once = held_out.to(device), images_at_once(teacher.graph.nodes, device, max(128, views.size))
         with torch.no_grad():
             self.wanted = self._outputs(self.teacher, self.held_out)
         self.latents = [learner for learner in learners.weights.values() if isinstance(learner, LatentWeight)]

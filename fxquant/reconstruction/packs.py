@@ -97,7 +97,7 @@ def sensitivities(
         quantized = Learners(extract(student, on_student(visit.unit, student)), None, None).graph
         suffix = suffix_of(walk, visit.index)
         loss = square = first_order = 0.0
-        for rows in torch.arange(store.count).split(walk.batch):
+        for rows in torch.arange(store.count).split(visit.images_at_once()):
             value, error, product = _curvature(visit, quantized, suffix, rows, literal)
             loss, square, first_order = loss + value, square + error, first_order + product
         if show is not None:

@@ -6,6 +6,7 @@ minimize   |unit(x) - target|^2  +  w_r sum(1 - |2h - 1|^beta)  [+ w_k KL(teache
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -160,9 +161,8 @@ class UnitLearning:
             done = step / settings.iterations
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * (cosine(done) if group["falls"] else 1.0)
-            loss = self.loss(self.draw(), done)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss = self.backward(self.draw(), done)
             optimizer.step()
             if step % 50 == 49 or step + 1 == settings.iterations:
                 if not torch.isfinite(loss):
@@ -180,6 +180,16 @@ class UnitLearning:
             self._order = torch.randperm(self.data.count, generator=self.generator)
         rows, self._order = self._order[:size], self._order[size:]
         return rows
+
+    def backward(self, rows: Tensor, done: float) -> Tensor:
+        """Add the gradients of a batch to those of the parameters, and return its loss; where values are large, in parts."""
+        parts = rows.tensor_split(math.ceil(len(rows) / self.data.visit.images_at_once(len(rows))))
+        losses = []
+        for part in parts:
+            loss = self.loss(part, done) * (len(part) / len(rows))
+            loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     def loss(self, rows: Tensor, done: float) -> Tensor:
         """Return what is minimized for the images `rows` when a share `done` of the iterations is over."""
@@ -234,7 +244,7 @@ class UnitLearning:
         if hard:
             put_modules(graph, self.learners.fixed())
         noise = power = 0.0
-        for rows in torch.arange(min(CHECKED, self.data.count)).split(self.data.visit.batch):
+        for rows in torch.arange(min(CHECKED, self.data.count)).split(self.data.visit.images_at_once()):
             out = graph(*self.data.visit.quantized(rows))
             for mine, target in zip(out if isinstance(out, tuple) else (out,), self.data.visit.targets(rows), strict=True):
                 noise += (mine.double() - target.double()).square().sum().item()

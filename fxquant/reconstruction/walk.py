@@ -42,10 +42,14 @@ class Visit:
     """Names that are the same on both sides: the images, or all where teacher and student are one graph."""
     activations: bool = True
     """Whether the student's activations are quantized."""
-    batch: int = BATCH
-    """How many images to run through the unit at once where nothing else decides it."""
+    nodes: tuple[Node, ...] = ()
+    """What the unit reads and computes, in the whole float graph."""
     settled: frozenset[str] = frozenset()
     """Paths of quantizers that an earlier unit has learned already: those of images that several units read."""
+
+    def images_at_once(self, most: int = BATCH) -> int:
+        """Return how many images to run through the unit together."""
+        return images_at_once(self.nodes, self.store.device, most)
 
     def is_settled(self, module: nn.Module) -> bool:
         """Say whether `module` of the student is one of those."""
@@ -118,7 +122,8 @@ class Walk:
         same = [name for unit in units for name in unit.outputs] if student is teacher else []
         self.shared = frozenset((*placeholders, *same))
         self.placeholders = frozenset(placeholders)
-        self.images, self.activations, self.batch = images, activations, images_at_once(teacher, store.device)
+        self.images, self.activations = images, activations
+        self.nodes = {node.name: node for node in teacher.graph.nodes}
         read = {name for unit in units for name in unit.inputs}
         self.last = {name: max(index for index, unit in enumerate(units) if name in unit.inputs) for name in read}
 
@@ -133,9 +138,9 @@ class Walk:
                 student = extract(self.student, on_student(unit, self.student))
                 of_images = {str(node.target) for node, _ in called(student) if node.all_input_nodes[0].name in self.placeholders}
                 of_images = {path for path in of_images if isinstance(student.get_submodule(path), UniformQuantizer)}
-                yield Visit(
-                    index, unit, teacher, student, self.store, self.shared, self.activations, self.batch, frozenset(of_images & settled)
-                )
+                known = frozenset(of_images & settled)
+                nodes = tuple(self._nodes(unit))
+                yield Visit(index, unit, teacher, student, self.store, self.shared, self.activations, nodes, known)
                 settled |= of_images
             if any(name in self.last and name not in self.shared for name in unit.outputs):
                 quantized = extract(self.student, on_student(unit, self.student))
@@ -157,10 +162,14 @@ class Walk:
 
     @torch.no_grad()
     def _outputs(self, graph: GraphModule, unit: Unit, side: str) -> Iterator[tuple[Tensor, ...]]:
-        inputs = [self.store.batches(key(name, side, self.shared), self.batch) for name in unit.inputs]
+        size = images_at_once(self._nodes(unit), self.store.device)
+        inputs = [self.store.batches(key(name, side, self.shared), size) for name in unit.inputs]
         for values in zip(*inputs, strict=True):
             out = graph(*values)
             yield out if isinstance(out, tuple) else (out,)
+
+    def _nodes(self, unit: Unit) -> list[Node]:
+        return [self.nodes[name] for name in (*unit.inputs, *unit.nodes)]
 
     def _drop(self, index: int, unit: Unit) -> None:
         dead = {name for name, last in self.last.items() if last == index} | {name for name in unit.outputs if name not in self.last}

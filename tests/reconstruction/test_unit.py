@@ -11,6 +11,7 @@ from nets import Net, head, images
 from test_learners import pair, partly, visit_to, walk_over
 from torch import Tensor, nn
 
+from fxquant import execution
 from fxquant.graph import called, fork
 from fxquant.quantizers import UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
@@ -287,6 +288,23 @@ def test_a_loss_that_is_not_finite_is_tried_again_at_a_tenth(monkeypatch):
     assert expected.keys() == outcome.modules.keys()
     for path, part in expected.items():
         assert all(map(torch.equal, part.state_dict().values(), outcome.modules[path].state_dict().values()))
+
+
+@pytest.mark.parametrize(("size", "parts"), [(1, [1] * 5), (2 * 4 * 512, [2, 2, 1]), (2**20, [5])])
+def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_the_whole(monkeypatch, size, parts):
+    """The largest value of the unit, and of what it reads, has 8 channels of 8 x 8."""
+    learning = UnitLearning(data_of(), replace(PLAIN, bias_rate=1e-3, rounding_weight=0.07), 0)
+    assert max(node.meta["val"][0].numel() for node in learning.data.visit.nodes) == 512
+    learning.loss(ROWS, 0.6).backward()
+    wanted = [parameter.grad.clone() for parameter in learning.parameters]
+    expected, sizes, loss = learning.loss(ROWS, 0.6).detach(), [], learning.loss
+    monkeypatch.setattr(execution, "LARGEST_VALUE", size)
+    monkeypatch.setattr(learning, "loss", lambda rows, done: sizes.append(len(rows)) or loss(rows, done))
+    for parameter in learning.parameters:
+        parameter.grad = None
+    torch.testing.assert_close(learning.backward(ROWS, 0.6), expected)
+    assert sizes == parts
+    torch.testing.assert_close([parameter.grad for parameter in learning.parameters], wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

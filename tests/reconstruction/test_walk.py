@@ -12,6 +12,7 @@ from test_learners import CPU, nudge, pair, soft
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
 
+from fxquant import execution
 from fxquant.errors import ConfigError
 from fxquant.execution import BATCH, bytes_per_image
 from fxquant.graph import called, fork, is_tensor
@@ -155,6 +156,18 @@ def test_the_passes_over_units_that_fill_the_cache_are_linear_in_their_number(mo
         learn(student, visit)
     assert set(fills.values()) == {len(ROWS.split(BATCH))}
     assert len(units) <= len(fills) <= 2 * len(units)
+
+
+def test_units_with_large_values_are_run_on_few_images_at_once(monkeypatch):
+    teacher, student = fresh("residual")
+    wanted = [(visit.targets(ROWS), visit.quantized(ROWS)) for visit in walk_of(teacher, student, cut(teacher))]
+    monkeypatch.setattr(execution, "LARGEST_VALUE", 3 * 4 * 2048)  # three images where a value has 8 channels of 16 x 16
+    sizes = []
+    for visit, (targets, quantized) in zip(walk_of(teacher, student, cut(teacher)), wanted, strict=True):
+        sizes.append(visit.images_at_once())
+        torch.testing.assert_close(visit.targets(ROWS), targets)
+        torch.testing.assert_close(visit.quantized(ROWS), quantized)
+    assert sizes == sorted(sizes) and sizes[0] == 3 and sizes[-1] > 3
 
 
 def test_images_are_taken_once(monkeypatch):
