@@ -24,6 +24,7 @@ from fxquant.cli_words import bits, check_target, positive, read_overrides, read
 from fxquant.console import Narrator
 from fxquant.correction import logits_of
 from fxquant.errors import FxquantError, FxquantWarning
+from fxquant.execution import images_at_once
 from fxquant.folder import ImageFolder
 from fxquant.metrics import agreement, kl_divergence, top1
 from fxquant.networks import LIBRARIES, Network, build, load_weights, preprocessing
@@ -116,16 +117,18 @@ def run_quantize(options: argparse.Namespace) -> None:
 def run_evaluate(options: argparse.Namespace) -> None:
     narrator = Narrator(not options.quiet)
     network = _network(options, options.float_weights)
-    networks = {"quantized": fxquant.load(options.file, network.model)}
+    quantized = fxquant.load(options.file, network.model)
+    networks = {"quantized": quantized}
     if options.float_weights:
         networks["float"] = network.model  # type: ignore[assignment]
     device = torch.device(options.device or "cpu")
     networks = {name: model.to(device) for name, model in networks.items()}
+    at_once = images_at_once(quantized.graph.nodes, device, options.batch_size)
     folder = ImageFolder(options.data, preprocessing(network), options.images, options.seed)
     parts: dict[str, list[Tensor]] = {name: [] for name in networks}
     for batch, _ in narrator.bar(folder.loader(options.batch_size, options.workers), "evaluate"):
         for name, model in networks.items():
-            parts[name].append(logits_of(model, [batch.to(device)]).cpu())
+            parts[name].append(logits_of(model, batch.to(device).split(at_once)).cpu())
     logits = {name: torch.cat(batches) for name, batches in parts.items()}
     Console().print(_scores(logits, folder))
 
@@ -155,7 +158,13 @@ def parser() -> argparse.ArgumentParser:
     named.add_argument("--num-classes", type=int, metavar="N", help="classes of the network (default: as published)")
     data = argparse.ArgumentParser(add_help=False)
     data.add_argument("--data", required=True, metavar="FOLDER", help="images, directly inside or in one subfolder a class")
-    data.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images at once (default: 64)")
+    data.add_argument(
+        "--batch-size",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="images at once (default: 64); on a CPU, networks get fewer at a time where their tensors are large",
+    )
     data.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0, none besides this one)")
     data.add_argument("--device", metavar="NAME", help="where to work, cuda for example (default: cpu)")
 
