@@ -185,7 +185,8 @@ def bits_of(setting: str) -> tuple[int, int]:
 @torch.inference_mode()
 def logits(network: nn.Module, images: Tensor) -> Tensor:
     """Return the outputs ``[N, C]`` for all images."""
-    return torch.cat([network(batch) for batch in images.split(max(1, min(128, 2**19 // images[0].numel())))])
+    few = max(1, min(128, 2**19 // images[0].numel()))  # of large images, whose tensors would leave the caches
+    return torch.cat([network(batch) for batch in images.split(few)])
 
 
 def label(name: str, changes: dict[str, Any]) -> str:

@@ -86,9 +86,8 @@ def unit_ratio(teacher: GraphModule, student: GraphModule, images: list[torch.Te
         names = [name for name, _ in visit.teacher.named_parameters()]
 
         def step(learning=learning, optimizer=optimizer) -> None:
-            loss = learning.loss(learning.draw(), 0.5)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            learning.backward(learning.draw(), 0.5)
             optimizer.step()
 
         def plain(visit=visit, names=names, weights=weights) -> None:

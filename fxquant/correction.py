@@ -17,7 +17,7 @@ from fxquant.console import Narrator
 from fxquant.data import check_seed, collect, fresh_views, rebatch, seeded
 from fxquant.errors import CATError, ConfigError, FxquantWarning
 from fxquant.execution import BATCH, images_at_once
-from fxquant.graph import called
+from fxquant.graph import called, is_traced
 from fxquant.inspection import working_device
 from fxquant.metrics import kl_divergence
 from fxquant.passes.append_cat import AppendCAT, logits_node
@@ -90,8 +90,7 @@ def append_cat(
     narrator = Narrator(progress)
     device = working_device(quantized, device)
     with seeded(seed, loader):
-        graphs = [network for network in (quantized, teacher) if isinstance(network, GraphModule)]
-        size = min((images_at_once(graph.graph.nodes, device) for graph in graphs), default=BATCH)
+        size = min(_images_at_once(network, device) for network in (quantized, teacher))
         batches = rebatch(collect(loader, _precision_of(quantized)), size)
         mine, theirs = logits_of_each([quantized, teacher], batches, narrator, device)
         if fit == "auto":
@@ -239,6 +238,15 @@ def _check_ready(network: object) -> None:
         raise CATError(f"a {name} cannot be called with images", where="append_cat", fix="Pass networks, or functions that give logits")
     if _trains(network):
         raise CATError("is in train mode, so its logits depend on the batch", where=name, fix="Call .eval() on it first")
+
+
+def _images_at_once(network: object, device: torch.device) -> int:
+    """Return how many images to give to `network` together; what is no graph, or one for a fixed number of images, does not say."""
+    if not isinstance(network, GraphModule) or not is_traced(network):
+        return BATCH
+    nodes = network.graph.nodes
+    fixed = any(isinstance(node.meta["val"].shape[0], int) for node in nodes if node.op == "placeholder")
+    return BATCH if fixed else images_at_once(nodes, device)
 
 
 def _trains(network: object) -> bool:

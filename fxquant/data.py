@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from fxquant.errors import CalibrationError, ConfigError, listed
+from fxquant.execution import BATCH
 
 IMAGE_KEYS = ("pixel_values", "image", "images", "img", "input", "inputs", "x", "data")
 """Keys under which the images of a dict batch are looked for, in this order."""
@@ -91,7 +92,7 @@ def _check(images: Tensor, index: int, first: Tensor | None) -> None:
         raise CalibrationError(f"image {which} holds {what}", where=where, fix="Drop or repair it; a std of 0 in Normalize does this")
 
 
-def rebatch(batches: Iterable[Tensor], size: int = 64) -> list[Tensor]:
+def rebatch(batches: Iterable[Tensor], size: int = BATCH) -> list[Tensor]:
     """Return the same images in the same order in batches of about `size`: large ones are split (not copied), small ones joined."""
     parts: list[Tensor] = []
     small: list[Tensor] = []

@@ -24,7 +24,7 @@ _VIEWS = frozenset({"view", "getitem"})
 BATCH = 64
 """Images in a forward pass where nothing else decides it."""
 LARGEST_VALUE = 2**24
-"""Bytes of the largest value of a graph, for all images of a batch, when it runs on a CPU."""
+"""Bytes that the largest value of a graph may take, for all images of a batch, when it runs on a CPU."""
 
 Values = list[Any]
 """The value of one node, batch by batch."""
@@ -85,14 +85,19 @@ def peak_bytes(gm: GraphModule) -> float:
     return peak
 
 
-def images_at_once(nodes: Iterable[Node], device: torch.device, most: int = BATCH) -> int:
+def images_at_once(nodes: Iterable[Node], device: torch.device, most: int = BATCH, weights: float = 0) -> int:
     """Return how many images to run through `nodes` of a traced graph together: `most`, on a CPU fewer where `LARGEST_VALUE` asks for it.
 
-    Larger values leave the caches, and the C library maps them from the system and gives them back for every operation, which costs several
-    times the operation.
+    Larger values leave the caches, and the C library maps them from the system and gives them back for every operation, which can cost
+    more than the operation.
+
+    Args:
+        weights: bytes of what is computed anew for each such part of a batch; the values of a part take as many, at least.
     """
-    largest = max((copied_bytes_per_image(node) for node in nodes), default=0)
-    return max(1, min(most, int(LARGEST_VALUE / max(largest, 1)))) if device.type == "cpu" else most
+    sizes = [copied_bytes_per_image(node) for node in nodes if node.op not in ("get_attr", "output")]
+    if device.type != "cpu" or not any(sizes):
+        return most
+    return max(1, min(most, max(int(LARGEST_VALUE / max(sizes)), math.ceil(weights / sum(sizes)))))
 
 
 def bytes_per_image(node: Node) -> float:

@@ -17,8 +17,8 @@ from fxquant.tracing import trace
 from fxquant.tracing.leaves import unwrap
 from fxquant.tree import tensors_of
 
-STATISTICS = ("running_mean", "running_var")
-"""Names of the buffers of norms that have to be finite."""
+FINITE = ("running_mean", "running_var", "weight", "bias")
+"""Names of buffers that are finite in a sound network, as those of (frozen) norms; others may be masks and bounds."""
 
 
 def check_network(model: nn.Module, architecture: bool = False) -> nn.Module:
@@ -30,7 +30,7 @@ def check_network(model: nn.Module, architecture: bool = False) -> nn.Module:
 
     Raises:
         ModelError: it is no module, is quantized already, or a parameter is half precision, complex, not finite, or on the meta device;
-            other buffers than the statistics of norms may be infinite: masks and bounds are.
+            buffers that are not of norms may be infinite: masks and bounds are.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"is a {type(model).__name__}, not an nn.Module", where="model", fix="Pass the network itself")
@@ -45,9 +45,9 @@ def check_network(model: nn.Module, architecture: bool = False) -> nn.Module:
             kind = str(value.dtype).removeprefix("torch.")
             raise ModelError(f"is {kind}; ranges are chosen in float32", where=name, fix="Pass model.float()")
         if not architecture and value.is_floating_point():
-            bound = name in buffers and name.rpartition(".")[2] not in STATISTICS  # infinite where nothing is masked or bounded
-            if bool((value.isnan() if bound else ~value.isfinite()).any()):
-                raise ModelError("holds NaN" if bound else "holds NaN or Inf", where=name, fix="Re-load the checkpoint")
+            may_be_infinite = name in buffers and name.rpartition(".")[2] not in FINITE
+            if bool((value.isnan() if may_be_infinite else ~value.isfinite()).any()):
+                raise ModelError(f"holds NaN{'' if may_be_infinite else ' or Inf'}", where=name, fix="Re-load the checkpoint")
     kinds = {value.dtype: name for name, value in model.named_parameters() if value.is_floating_point()}
     if len(kinds) > 1:
         named = " and ".join(f"{name} {str(dtype).removeprefix('torch.')}" for dtype, name in kinds.items())

@@ -87,7 +87,7 @@ def quantize(
     device = working_device(model, device)
     with repeatable(seed, calib_loader):
         calib_loader = in_one_order(calib_loader) or calib_loader
-        images = collect(calib_loader, next((p.dtype for p in model.parameters()), torch.float32))
+        images = rebatch(collect(calib_loader, next((p.dtype for p in model.parameters()), torch.float32)))
 
         prepare = Pipeline([step() for step in passes.PREPARE], narrator.passed, narrator.bar)
         teacher = prepare.run(traced(model, images[0].to(device)).to(device))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
+from fxquant import execution
 from fxquant.cat import CAT
 from fxquant.console import Narrator
 from fxquant.correction import logits_of, logits_of_each
@@ -73,6 +74,20 @@ def test_an_exported_network(net, images):
     student = torch.export.export(ByHand(net).eval(), (images[0],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
     corrected = append_cat(student, net, images, fit="kl", clusters=2)
     assert torch.allclose(corrected(images[0]), corrected.cat(student(images[0])))
+
+
+@pytest.mark.parametrize("kind", ["traced", "transformed", "exported for a fixed number"])
+def test_graphs_get_as_many_images_as_they_take(net, images, monkeypatch, kind):
+    monkeypatch.setattr(execution, "LARGEST_VALUE", 1)
+    seen: list[int] = []
+    x, graph = torch.cat(images)[:48], fxquant.trace(net, images[0])
+    student = {
+        "traced": graph,
+        "transformed": torch.fx.Transformer(graph).transform(),  # its input has no recorded shape
+        "exported for a fixed number": torch.export.export(net, (x,)).module(),
+    }[kind]
+    append_cat(student, lambda batch: seen.append(len(batch)) or 2 * net(batch), [x], fit="kl", clusters=1)
+    assert seen == ([1] * 48 if kind == "traced" else [48])
 
 
 def test_several_clusters_are_one_node_more(net, images, untouched):

@@ -251,10 +251,15 @@ def test_nan_buffer(quantize, make_net, images):
         quantize(network, images)
 
 
-def test_infinite_statistics(quantize, make_net, images):
+@pytest.mark.parametrize("name", ["running_mean", "weight"])
+def test_infinite_buffers_of_norms(quantize, make_net, images, name):
     network = make_net()
-    network.bn1.running_mean[2] = float("inf")
-    with pytest.raises(fxquant.ModelError, match=r"^bn1.running_mean: holds NaN or Inf"):
+    if name == "weight":  # as in a frozen norm
+        weight = network.bn1.weight.data
+        del network.bn1.weight
+        network.bn1.register_buffer("weight", weight)
+    getattr(network.bn1, name)[2] = float("inf")
+    with pytest.raises(fxquant.ModelError, match=rf"^bn1.{name}: holds NaN or Inf"):
         quantize(network, images)
 
 

@@ -113,6 +113,19 @@ def test_images_at_once_by_the_largest_value(monkeypatch):
         assert images_at_once(gm.graph.nodes, torch.device("cuda")) == BATCH
 
 
+def test_constants_do_not_count_for_images_at_once(monkeypatch):
+    gm = traced(Net(lambda s, x: x * s.table.mean(), table=nn.Parameter(torch.rand(10_000))))
+    monkeypatch.setattr(execution, "LARGEST_VALUE", 5 * 4 * 768)
+    assert images_at_once(gm.graph.nodes, torch.device("cpu")) == 5
+
+
+def test_parts_take_as_much_as_what_is_computed_for_each(monkeypatch):
+    gm = traced(Net(lambda s, x: x * 2))  # two values of 3 KiB an image
+    monkeypatch.setattr(execution, "LARGEST_VALUE", 2 * 3072)
+    for weights, count in ((0, 2), (3 * 6144, 3), (3 * 6144 + 1, 4), (1e9, BATCH)):
+        assert images_at_once(gm.graph.nodes, torch.device("cpu"), weights=weights) == count
+
+
 def test_images_at_once_of_a_graph_without_shapes():
     assert images_at_once(symbolic_trace(nn.Conv2d(3, 8, 1)).graph.nodes, torch.device("cpu")) == BATCH
 

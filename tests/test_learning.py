@@ -438,8 +438,8 @@ def test_resume_behind_all_learning(net, images, tmp_path, monkeypatch):
         with pytest.raises(Killed):
             quantize(net, images, recipe=recipe, cat=True, checkpoint=tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(UnitLearning, "loss", _raising(AssertionError("learned again")))
-        patch.setattr(NetworkTraining, "loss", _raising(AssertionError("learned again")))
+        patch.setattr(UnitLearning, "backward", _raising(AssertionError("learned again")))
+        patch.setattr(NetworkTraining, "backward", _raising(AssertionError("learned again")))
         again = quantize(net, images, recipe=recipe, cat=True, resume=tmp_path / "run")
     check_same(again, plain, images[0])
     assert not (tmp_path / "run").exists()
@@ -454,15 +454,15 @@ def _raising(error: BaseException) -> Callable[..., Any]:
 
 def interrupted(patch: pytest.MonkeyPatch, loop: type, call: int) -> None:
     """Raise KeyboardInterrupt in the `call`-th step of a loop."""
-    real, calls = loop.loss, []  # type: ignore[attr-defined]
+    real, calls = loop.backward, []  # type: ignore[attr-defined]
 
-    def loss(self, *args):
+    def backward(self, *args):
         calls.append(1)
         if len(calls) == call:
             raise KeyboardInterrupt
         return real(self, *args)
 
-    patch.setattr(loop, "loss", loss)
+    patch.setattr(loop, "backward", backward)
 
 
 @pytest.mark.parametrize(
@@ -502,14 +502,14 @@ def test_ctrl_c_before_the_first_checkpoint(net, images, tmp_path, monkeypatch):
 
 def test_divergence_is_the_same_behind_a_resume(net, images, tmp_path, monkeypatch):
     """Killed while the network is trained again at a tenth of the rates."""
-    real = NetworkTraining.loss
+    real = NetworkTraining._loss
 
-    def diverging(self, views):
+    def diverging(self, *given):
         low = [learner.latent for learner in self.latents if learner.spec.levels == 4]
         moved = [(p - s).abs().max().item() for p, s in zip(self.parameters, self.start, strict=True) if any(p is latent for latent in low)]
-        return real(self, views) * (float("nan") if max(moved) > 0.3 else 1.0)
+        return real(self, *given) * (float("nan") if max(moved) > 0.3 else 1.0)
 
-    monkeypatch.setattr(NetworkTraining, "loss", diverging)
+    monkeypatch.setattr(NetworkTraining, "_loss", diverging)
     recipe = ONE["finish"].replace(finish_iterations=22, finish_checks=11, finish_weight_rate=0.2)
     plain, states = count_saves(monkeypatch, lambda: quantize(net, images, recipe=recipe, checkpoint=tmp_path / "all"))
     assert any("trained again at a tenth" in note for note in notes_of(plain, "finish"))

@@ -84,7 +84,7 @@ def corrected_inputs(
         return [], lambda rows: (visit.floats(rows), visit.targets(rows))
 
     def corrected() -> Iterator[tuple[Tensor, ...]]:
-        for rows in torch.arange(count).split(recipe.unit_batch):
+        for rows in torch.arange(count).split(recipe.unit_batch):  # rates fall by the loss of a batch
             show(0, 1, f"correcting inputs: {int(rows[0])} of {count} images")
             moved = _corrected(probe, visit.floats(rows), [norm for _, norm in found], len(visit.unit.outputs), recipe)
             with torch.no_grad():

@@ -49,14 +49,24 @@ def prediction_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) 
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-def feature_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Return the mean over places of ``|output - target|^2 / |target|^2``: each place weighs the same, whatever its scale."""
+def feature_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor], powers: Sequence[Tensor] | None = None) -> Tensor:
+    """Return the mean over places of ``|output - target|^2 / |target|^2``: each place weighs the same, whatever its scale.
 
-    def power(value: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32)).square()
-
-    ratios = [power(y - t) / power(t).clamp_min(1e-12) for y, t in zip(outputs, targets, strict=True)]
+    Args:
+        powers: what to divide by, one a place; of a whole batch, the losses of its parts add up to its loss. None: `powers_of` the targets.
+    """
+    powers = powers_of(targets) if powers is None else powers
+    ratios = [_power(y - t) / power.clamp_min(1e-12) for y, t, power in zip(outputs, targets, powers, strict=True)]
     return torch.stack(ratios).mean()
+
+
+def powers_of(targets: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``|target|^2`` of each place."""
+    return [_power(target) for target in targets]
+
+
+def _power(value: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32)).square()
 
 
 def rounding_loss(hardness: Sequence[Tensor], beta: float) -> Tensor:

@@ -23,7 +23,7 @@ from fxquant.execution import images_at_once
 from fxquant.graph import fork
 from fxquant.quantizers.learned import LatentWeight
 from fxquant.reconstruction.learners import Learners, without_gradients
-from fxquant.reconstruction.losses import annealed, cosine, feature_loss, prediction_loss
+from fxquant.reconstruction.losses import annealed, cosine, feature_loss, powers_of, prediction_loss
 from fxquant.reconstruction.unit import WORSE, Show, can_fuse
 from fxquant.reconstruction.views import Views
 from fxquant.tree import tensors_of
@@ -103,7 +103,9 @@ class NetworkTraining:
         for parameter in learners.graph.parameters():  # what has no rate needs no gradient
             parameter.requires_grad_(id(parameter) in moving)
         self.start = [parameter.detach().clone() for parameter in self.parameters]
-        self.held_out, self.at_once = held_out.to(device), images_at_once(teacher.graph.nodes, device, max(128, views.size))
+        self.held_out = held_out.to(device)
+        weights = sum(value.numel() * value.element_size() for value in teacher.parameters())
+        self.at_once = images_at_once(teacher.graph.nodes, device, max(128, views.size), weights)
         with torch.no_grad():
             self.wanted = self._outputs(self.teacher, self.held_out)
         self.latents = [learner for learner in learners.weights.values() if isinstance(learner, LatentWeight)]
@@ -171,39 +173,50 @@ class NetworkTraining:
         return outcome
 
     def backward(self, images: Tensor) -> Tensor:
-        """Add the gradients of a batch to those of the parameters, and return its loss.
-
-        Where values are large it is taken in parts, whose losses are averaged: that of features is normalized a part at a time.
-        """
-        total = images.new_zeros(())
-        for part in images.tensor_split(math.ceil(len(images) / self.at_once)):
-            loss = self.loss(part) * (len(part) / len(images))
+        """Add the gradients of a batch to those of the parameters, and return its loss; where values are large, in parts."""
+        parts = images.tensor_split(math.ceil(len(images) / self.at_once))
+        taught = [self._taught(part) for part in parts]
+        powers = [torch.stack(of_parts).sum(0) for of_parts in zip(*(powers_of(features) for _, features in taught), strict=True)]
+        losses = []
+        for part, (theirs, wanted) in zip(parts, taught, strict=True):
+            loss = self._loss(part, theirs, wanted, powers, len(part) / len(images))
             loss.backward()
-            total += loss.detach()
-        return total
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     def loss(self, images: Tensor) -> Tensor:
-        """Return what is minimized for images, in float32."""
-        settings, (student, teacher) = self.settings, self.steps
-        if settings.compile and self.device.type == "cuda":
+        """Return what is minimized for one batch, in float32."""
+        theirs, wanted = self._taught(images)
+        return self._loss(images, theirs, wanted, powers_of(wanted), 1.0)
+
+    @torch.no_grad()
+    def _taught(self, images: Tensor) -> tuple[Any, list[Tensor]]:
+        """Return what the teacher says, and its features; of a network without logits, its outputs are features too."""
+        if self.settings.compile and self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()  # what the teacher gives lives until the next step, not until the student runs
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            with torch.no_grad():
-                theirs, wanted = teacher(images)
-            mine, features = student(images)
+        with self._precision():
+            theirs, wanted = self.steps[1](images)
+        return theirs, [*wanted, *([] if is_logits(theirs) else tensors_of(theirs))]
+
+    def _loss(self, images: Tensor, theirs: Any, wanted: Sequence[Tensor], powers: Sequence[Tensor], share: float) -> Tensor:
+        """Return the part that `images`, a share of a batch, have in its loss."""
+        settings = self.settings
+        with self._precision():
+            mine, features = self.steps[0](images)
         loss = images.new_zeros(())
         logits = is_logits(mine)
         if logits:
-            loss = loss + settings.kl_weight * prediction_loss(mine, theirs, settings.temperature)
-        features, wanted = list(features), list(wanted)
-        if not logits:
-            features, wanted = [*features, *tensors_of(mine)], [*wanted, *tensors_of(theirs)]
+            loss = loss + share * settings.kl_weight * prediction_loss(mine, theirs, settings.temperature)
+        features = [*features, *([] if logits else tensors_of(mine))]
         if features and (settings.feature_weight or not logits):
-            loss = loss + (settings.feature_weight if logits else 1.0) * feature_loss(features, wanted)
+            loss = loss + (settings.feature_weight if logits else 1.0) * feature_loss(features, wanted, powers)
         if settings.penalty:
             moved = [(parameter - start).square().sum() for parameter, start in zip(self.parameters, self.start, strict=True)]
-            loss = loss + settings.penalty * torch.stack(moved).sum()
+            loss = loss + share * settings.penalty * torch.stack(moved).sum()
         return loss
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
 
     @torch.no_grad()
     def held_out_error(self) -> float:

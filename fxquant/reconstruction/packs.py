@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.execution import bytes_per_image
+from fxquant.execution import BATCH, bytes_per_image
 from fxquant.recipe import Recipe
 from fxquant.reconstruction.guidance import Suffix, suffix_of
 from fxquant.reconstruction.learners import Learners
@@ -97,7 +97,8 @@ def sensitivities(
         quantized = Learners(extract(student, on_student(visit.unit, student)), None, None).graph
         suffix = suffix_of(walk, visit.index)
         loss = square = first_order = 0.0
-        for rows in torch.arange(store.count).split(visit.images_at_once()):
+        size = BATCH if literal else visit.images_at_once()  # g is that of a batch, so all batches are alike
+        for rows in torch.arange(store.count).split(size):
             value, error, product = _curvature(visit, quantized, suffix, rows, literal)
             loss, square, first_order = loss + value, square + error, first_order + product
         if show is not None:

@@ -147,6 +147,8 @@ class UnitLearning:
         self.groups = [{"params": list(values), "peak": factor * rate, "falls": falls} for values, rate, falls in groups if values and rate]
         self.parameters = [parameter for group in self.groups for parameter in group["params"]]  # type: ignore[attr-defined]
         self._order = torch.empty(0, dtype=torch.int64)
+        sides = 2 if data.suffix else 1  # run in one pass
+        self.at_once = max(1, data.visit.images_at_once(sides * settings.batch) // sides)
 
     def _activation(self, quantizer: UniformQuantizer) -> LearnedQuantizer:
         learned = self.settings.activation_rate > 0 and not self.data.visit.is_settled(quantizer)
@@ -183,9 +185,8 @@ class UnitLearning:
 
     def backward(self, rows: Tensor, done: float) -> Tensor:
         """Add the gradients of a batch to those of the parameters, and return its loss; where values are large, in parts."""
-        parts = rows.tensor_split(math.ceil(len(rows) / self.data.visit.images_at_once(len(rows))))
         losses = []
-        for part in parts:
+        for part in rows.tensor_split(math.ceil(len(rows) / self.at_once)):
             loss = self.loss(part, done) * (len(part) / len(rows))
             loss.backward()
             losses.append(loss.detach())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from nets import images
+from nets import Net, images
 from test_learners import CPU, pair, spread
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant import execution
@@ -93,27 +94,38 @@ def test_only_learners_get_gradients(nets):
     assert all(part.grad is None for model in nets for part in model.parameters())
 
 
+@pytest.mark.parametrize("logits", [True, False])
 @pytest.mark.parametrize("at_once", [1, 3, 7])
-def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_the_whole(nets, at_once):
-    training = training_of(nets, replace(PLAIN, feature_weight=0.0, penalty=0.3))
+def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_the_whole(nets, monkeypatch, at_once, logits):
+    training = training_of(nets if logits else without_logits(), replace(PLAIN, penalty=0.3))
     with torch.no_grad():
         for parameter in training.parameters:
             parameter.add_(0.01)
-    training.loss(X[:7]).backward()
+    x = X[:7].clone()
+    x[2] *= 1e-3  # an image of which hardly a feature is left
+    training.loss(x).backward()
     wanted = [parameter.grad.clone() for parameter in training.parameters]
-    sizes, loss = [], training.loss
-    training.at_once, training.loss = at_once, lambda x: sizes.append(len(x)) or loss(x)
+    sizes, part_of = [], training._loss
+    monkeypatch.setattr(training, "at_once", at_once)
+    monkeypatch.setattr(training, "_loss", lambda images, *more: sizes.append(len(images)) or part_of(images, *more))
     for parameter in training.parameters:
         parameter.grad = None
-    torch.testing.assert_close(training.backward(X[:7]), loss(X[:7]).detach())
-    assert sizes == {1: [1] * 7, 3: [3, 2, 2], 7: [7]}[at_once]
+    torch.testing.assert_close(training.backward(x), training.loss(x).detach())
+    assert sizes == {1: [1] * 7, 3: [3, 2, 2], 7: [7]}[at_once] + [7]
     torch.testing.assert_close([parameter.grad for parameter in training.parameters], wanted, rtol=1e-4, atol=1e-4)
+
+
+def without_logits() -> tuple[GraphModule, GraphModule]:
+    layers = {"conv": nn.Conv2d(3, 8, 3), "second": nn.Conv2d(8, 4, 3)}
+    return pair(Net(lambda s, x: (y := s.conv(x).relu(), s.second(y))[-1], **layers), 2, 3)
 
 
 def test_how_many_images_are_trained_on_at_once_follows_the_largest_value(nets, monkeypatch):
     assert training_of(nets).at_once == 128
     monkeypatch.setattr(execution, "LARGEST_VALUE", 1)
     assert training_of(nets).at_once == 1
+    weights = {"conv": nn.Conv2d(3, 2, 16), "fc": nn.Linear(2, 10_000)}  # 31,538, and 10,772 values an image
+    assert training_of(pair(Net(lambda s, x: s.fc(s.conv(x).flatten(1)), **weights), 2, 3)).at_once == 3
 
 
 def test_the_error_on_the_held_out_images_is_the_kl_that_is_minimized(nets):
@@ -181,14 +193,14 @@ def test_going_on_behind_the_last_check(nets):
 
 def poison(training: NetworkTraining, times: int) -> None:
     """Make the first `times` attempts give a loss that is not finite, at their first step."""
-    loss, seen = training.loss, []
+    loss, seen = training._loss, []
 
-    def broken(x: Tensor) -> Tensor:
-        value = loss(x)
+    def broken(*given: Any) -> Tensor:
+        value = loss(*given)
         seen.append(0)
         return value * float("nan") if len(seen) <= times else value
 
-    training.loss = broken
+    training._loss = broken
 
 
 def test_a_loss_that_is_not_finite_is_tried_again_at_a_tenth(nets):

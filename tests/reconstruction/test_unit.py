@@ -101,6 +101,7 @@ def test_the_kl_behind_the_float_rest_reaches_the_unit_alone(layer):
     logits = 3 * torch.randn(COUNT, 5, generator=torch.Generator().manual_seed(0))  # no teacher's, so that the KL is large
     data = UnitData(visit, COUNT, suffix=suffix_of(walk, visit.index), logits=logits)
     learning = UnitLearning(data, replace(PLAIN, kl_weight=10.0, kl_temperature=3.0), 0)
+    assert learning.at_once == PLAIN.batch
     loss = learning.loss(ROWS, 0.0)
     loss.backward()
     got = [parameter.grad.clone() for parameter in learning.parameters]
@@ -123,6 +124,14 @@ def test_the_kl_behind_the_float_rest_reaches_the_unit_alone(layer):
         torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=1e-4 * float(theirs.abs().max()) + 1e-7)
     only_kl = torch.autograd.grad(10 * kl_of(data, learning), learning.parameters)
     assert all(gradient.abs().sum() > 0 for gradient in only_kl)
+
+
+def test_a_part_is_half_as_large_where_two_sides_go_through_the_unit_together(monkeypatch):
+    data = data_of()
+    monkeypatch.setattr(execution, "LARGEST_VALUE", 6 * 4 * 512)
+    assert UnitLearning(data, PLAIN, 0).at_once == 6
+    data.suffix, data.logits = (lambda outputs, rows: outputs[0].flatten(1)), torch.zeros(COUNT, 5)
+    assert UnitLearning(data, PLAIN, 0).at_once == 3
 
 
 def kl_of(data: UnitData, learning: UnitLearning) -> Tensor:
@@ -297,8 +306,10 @@ def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_the_whole(monkeypatc
     assert max(node.meta["val"][0].numel() for node in learning.data.visit.nodes) == 512
     learning.loss(ROWS, 0.6).backward()
     wanted = [parameter.grad.clone() for parameter in learning.parameters]
-    expected, sizes, loss = learning.loss(ROWS, 0.6).detach(), [], learning.loss
+    expected, sizes = learning.loss(ROWS, 0.6).detach(), []
     monkeypatch.setattr(execution, "LARGEST_VALUE", size)
+    learning.at_once = UnitLearning(learning.data, learning.settings, 0).at_once
+    loss = learning.loss
     monkeypatch.setattr(learning, "loss", lambda rows, done: sizes.append(len(rows)) or loss(rows, done))
     for parameter in learning.parameters:
         parameter.grad = None

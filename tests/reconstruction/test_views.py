@@ -200,14 +200,14 @@ def test_held_out_images_of_an_augmenting_loader_are_never_trained_on(shuffle, m
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
     seen: set[int] = set()
     held: set[int] = set()
-    loss = NetworkTraining.loss
+    backward = NetworkTraining.backward
 
     def watched(self: NetworkTraining, x: Tensor) -> Tensor:
         seen.update(x[:, 0, 0, 0].int().tolist())
         held.update(self.held_out[:, 0, 0, 0].int().tolist())
-        return loss(self, x)
+        return backward(self, x)
 
-    monkeypatch.setattr(NetworkTraining, "loss", watched)
+    monkeypatch.setattr(NetworkTraining, "backward", watched)
     recipe = Recipe(stages=("ranges", "finish"), finish_iterations=12, finish_batch=8, finish_blend=0.0, finish_holdout=0.25)
     fxquant.quantize(net, DataLoader(Jittered(24), batch_size=6, shuffle=shuffle), w=4, a=4, recipe=recipe, progress=False)
     assert len(held) == 6 and len(seen) >= 18
