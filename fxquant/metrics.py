@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_BLOCK = 2**22  # values that are taken to float64 at a time
+
 
 def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """Return KL(softmax(teacher) || softmax(student)) per image, in nats.
@@ -33,5 +35,7 @@ def top1(logits: Tensor, labels: Tensor) -> float:
 
 def sqnr(signal: Tensor, approximation: Tensor) -> float:
     """Return the signal-to-quantization-noise ratio ``10 log10(|x|^2 / |x - y|^2)`` in dB; ``inf`` where both are equal."""
-    noise = (signal.double() - approximation.double()).square().sum()
-    return (10 * torch.log10(signal.double().square().sum() / noise)).item() if noise > 0 else float("inf")
+    parts = zip(signal.flatten().split(_BLOCK), approximation.flatten().split(_BLOCK), strict=True)
+    sums = [torch.stack([x.double().square().sum(), (x.double() - y.double()).square().sum()]) for x, y in parts]
+    power, noise = torch.stack(sums).sum(0)
+    return (10 * torch.log10(power / noise)).item() if noise > 0 else float("inf")

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import fxquant
+from fxquant import metrics
 from fxquant.metrics import sqnr
 from fxquant.record import Record
 
@@ -80,6 +81,14 @@ def test_signal_to_noise_is_that_of_the_tensors(net, images):
     assert rows["fc"].weight_sqnr > 45  # 6 dB a bit, whatever gain the correction of the outputs put on a channel
     assert rows["fc"].weight_sqnr > rows["blocks.0.0.0"].weight_sqnr + 20
     assert (rows["fc"].bytes, rows["fc"].float_bytes) == (80 + 10 * 5 + 40, 4 * 90)
+
+
+def test_signal_to_noise_of_large_tensors_is_summed_in_blocks(monkeypatch):
+    x, y = torch.randn(5, 7, 3).transpose(0, 1), torch.randn(5, 7, 3).transpose(0, 1)
+    expected = 10 * math.log10(x.double().square().sum() / (x.double() - y.double()).square().sum())
+    for block in (1, 4, 105, 1000):
+        monkeypatch.setattr(metrics, "_BLOCK", block)
+        assert sqnr(x, y) == pytest.approx(expected, rel=1e-12)
 
 
 def test_signal_to_noise_of_a_weight(net, images):

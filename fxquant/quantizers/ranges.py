@@ -26,11 +26,12 @@ from torch import Tensor
 from fxquant.errors import CalibrationError, ConfigError, ModelError
 from fxquant.quantizers.affine import QuantSpec, UniformQuantizer
 from fxquant.quantizers.entropy import kl_grid
-from fxquant.quantizers.histogram import AxisObserver, Histogram, Observer
+from fxquant.quantizers.histogram import AxisObserver, Histogram, Observer, as_rows
 from fxquant.quantizers.search import grid_of_range, lp_grid
 
 # A step below this would make x / scale overflow float32 for ordinary x. Rows this small become zeros.
 MIN_SCALE = 2.0**-100
+_BLOCK = 2**22  # elements of a weight that are looked at together
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,13 @@ def weight_quantizer(
     """
     if not bool(weight.isfinite().all()):
         raise ModelError("the weight holds NaN or Inf", where=where, fix="Re-load the checkpoint, or skip the layer")
-    h = Histogram.of(weight, spec.axis, max_bins=weight.numel())
-    return UniformQuantizer(spec, *estimate_range(h, spec, method, p=p, percentile=percentile, steps=steps, where=where))
+    rows = as_rows(weight.detach(), spec.axis)
+    found = []
+    for block in rows.split(max(1, _BLOCK // max(1, rows.shape[1]))):  # rows do not know of each other, and take several copies each
+        h = Histogram.of(block, 0, max_bins=weight.numel())
+        found.append(estimate_range(h, spec, method, p=p, percentile=percentile, steps=steps, where=where))
+    scale, zero_point = (torch.cat(parts) if spec.axis is not None else parts[0] for parts in zip(*found, strict=True))
+    return UniformQuantizer(spec, scale, zero_point)
 
 
 def activation_quantizer(

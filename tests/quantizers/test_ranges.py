@@ -18,6 +18,7 @@ from fxquant.quantizers import (
     UniformQuantizer,
     activation_quantizer,
     estimate_range,
+    ranges,
     weight_quantizer,
 )
 
@@ -324,6 +325,17 @@ def test_rows_and_axis_must_agree():
     observer(torch.ones(3))
     with pytest.raises(ConfigError, match="act: axis=1"):
         activation_quantizer(observer, QuantSpec(2, axis=1))
+
+
+@pytest.mark.parametrize("axis", [0, 1, None])
+@pytest.mark.parametrize("block", [1, 40, 10**6])
+def test_large_weights_are_looked_at_in_blocks_of_channels(monkeypatch, axis, block):
+    weight = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(0))
+    spec = QuantSpec(3, axis=axis)
+    expected = estimate_range(Histogram.of(weight, axis), spec)
+    monkeypatch.setattr(ranges, "_BLOCK", block)
+    quantizer = weight_quantizer(weight, spec)
+    assert torch.equal(quantizer.scale, expected[0]) and torch.equal(quantizer.zero_point, expected[1])
 
 
 def test_errors_name_the_layer():
