@@ -184,11 +184,6 @@ class NetworkTraining:
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
-    def loss(self, images: Tensor) -> Tensor:
-        """Return what is minimized for one batch, in float32."""
-        theirs, wanted = self._taught(images)
-        return self._loss(images, theirs, wanted, powers_of(wanted), 1.0)
-
     @torch.no_grad()
     def _taught(self, images: Tensor) -> tuple[Any, list[Tensor]]:
         """Return what the teacher says, and its features; of a network without logits, its outputs are features too."""
@@ -199,7 +194,7 @@ class NetworkTraining:
         return theirs, [*wanted, *([] if is_logits(theirs) else tensors_of(theirs))]
 
     def _loss(self, images: Tensor, theirs: Any, wanted: Sequence[Tensor], powers: Sequence[Tensor], share: float) -> Tensor:
-        """Return the part that `images`, a share of a batch, have in its loss."""
+        """Return the part that `images`, a share of a batch, have in what is minimized, in float32; `powers` are those of the batch."""
         settings = self.settings
         with self._precision():
             mine, features = self.steps[0](images)
