@@ -7,9 +7,10 @@
     python examples/09_benchmark_deployment.py --batches
 
 Weights are random, and batch norms random with the statistics of random images: neither speed nor size depends on accuracy. All columns
-of a row take turns, so that a busy machine slows all of them; times are medians. Each row is appended to OUT/runs.jsonl as soon as it is
-measured, and not repeated when it is there already; OUT/runs.md and OUT/runs.png are made from all rows of this machine's versions.
-A peer that is not installed, or fails, is shown as "-", with the reason below. The peers compute in 8 bits whatever the bits of the row.
+of a row take turns, so that a busy machine slows all of them, of a few calls, so that caches are as warm as where one network serves;
+times are medians. Each row is appended to OUT/runs.jsonl as soon as it is measured, and not repeated when it is there already; OUT/runs.md
+and OUT/runs.png are made from all rows of this machine's versions. A peer that is not installed, or fails, is shown as "-", with the reason
+below. The peers compute in 8 bits whatever the bits of the row.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--edges", default="integer", choices=EDGES, help="integer: images, shortcuts at 8 bits, as peers have (default)")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32], metavar="N", help="(default: 1 8 32; none: sizes alone)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N", help="(default: 1 2)")
-    parser.add_argument("--rounds", type=int, default=15, help="(default: 15)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each column (default: 5)")
     parser.add_argument("--skip-peers", action="store_true", help="leave out onnxruntime and torchao")
     parser.add_argument("--skip-sizes", action="store_true", help="leave out the table of sizes")
     parser.add_argument("--out", type=Path, default=Path("deployment"), help="folder for rows, tables and the plot (default: deployment)")

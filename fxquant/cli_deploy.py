@@ -57,7 +57,7 @@ def add_commands(commands: Any, named: argparse.ArgumentParser, common: argparse
     command.add_argument("--a", type=int, metavar="BITS", help="without FILE: bits of activations (default: 2)")
     command.add_argument("--batches", type=positive, nargs="+", default=[1], metavar="N", help="images at once (default: 1)")
     command.add_argument("--threads", type=positive, nargs="+", metavar="N", help="(default: as torch is set)")
-    command.add_argument("--rounds", type=positive, default=15, metavar="N", help="medians of so many calls each (default: 15)")
+    command.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of a few calls each (default: 5)")
     command.add_argument("--plot", metavar="OUT", help="draw the table as OUT, .png or .svg (extra plots)")
     command.add_argument("--json", metavar="OUT", help="write the numbers to OUT")
     command.set_defaults(run=run_bench)

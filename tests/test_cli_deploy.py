@@ -208,8 +208,9 @@ def test_help_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert expected in capsys.readouterr().out
 
 
-def test_latencies_are_medians_of_calls_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latencies_are_medians_of_turns_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, calls = 0.0, list[str]()
+    monkeypatch.setattr(latency, "TURN", 3)
 
     def takes(name: str, *seconds: float) -> Any:
         left = list(seconds)
@@ -223,9 +224,10 @@ def test_latencies_are_medians_of_calls_in_turns(monkeypatch: pytest.MonkeyPatch
         return network
 
     monkeypatch.setattr(latency.time, "perf_counter", lambda: clock)
-    found = latency.latencies({"a": takes("a", 1, 5, 2), "b": takes("b", 0.5, 0.25, 0.125)}, torch.zeros(1), 3)
-    assert found == {"a": 2000, "b": 250}
-    assert "".join(calls) == "aaabbbababab"
+    times = {"a": takes("a", 100, 1, 7, 100, 5, 2), "b": takes("b", 100, 0.5, 0.25, 100, 0.125, 1)}
+    found = latency.latencies(times, torch.zeros(1), 2)
+    assert found == {"a": 3500, "b": 375}, "the first call of a turn does not count"
+    assert "".join(calls) == "aaabbbaaabbbaaabbb"
 
 
 def test_variants_compute_the_same(make_net, images, untouched, monkeypatch: pytest.MonkeyPatch) -> None:

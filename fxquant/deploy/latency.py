@@ -14,16 +14,18 @@ import torch._inductor.config as inductor
 from torch import Tensor, nn
 
 WARM_UP = 3
-"""Calls before the clock starts: the first compiles, the others fill caches."""
+"""Calls before the clock starts: the first compiles, the others let the machine settle."""
+TURN = 5
+"""Calls of a turn. The first is not timed: another network has just filled the caches, as it would not where one network serves."""
 
 
 def latencies(networks: Mapping[str, Callable[[Tensor], Any]], images: Tensor, rounds: int) -> dict[str, float]:
-    """Return the median milliseconds of every network on `images`, all networks called once a round.
+    """Return the median milliseconds of every network on `images`, called again and again as in use, in turns of `TURN` calls.
 
     Args:
         networks: what to call, by name.
         images: one batch, the same for all.
-        rounds: calls of each that are timed, behind `WARM_UP` that are not.
+        rounds: turns of each, behind `WARM_UP` calls that are not timed.
     """
     times: dict[str, list[float]] = {name: [] for name in networks}
     with torch.no_grad():
@@ -32,9 +34,11 @@ def latencies(networks: Mapping[str, Callable[[Tensor], Any]], images: Tensor, r
                 network(images)
         for _ in range(rounds):
             for name, network in networks.items():
-                start = time.perf_counter()
                 network(images)
-                times[name].append(1e3 * (time.perf_counter() - start))
+                for _ in range(TURN - 1):
+                    start = time.perf_counter()
+                    network(images)
+                    times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
