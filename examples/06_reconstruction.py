@@ -3,6 +3,7 @@
     python examples/06_reconstruction.py PATH
     python examples/06_reconstruction.py PATH --recipes qdrop standard --settings W2A2 --seeds 0 1 2 --out results
     python examples/06_reconstruction.py PATH --recipes qdrop --set unit_iterations=1000
+    python examples/06_reconstruction.py PATH --recipes standard --images 8192
     python examples/06_reconstruction.py PATH --ablation
     python examples/06_reconstruction.py PATH --ablation standard "no augmentation" --set finish_iterations=1000
     python examples/06_reconstruction.py PATH --ablation standard "ranges " --set 'stages=["ranges", "bias"]' --network mobilenet_v2
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=["W2A2"], metavar="WxAy", help="bits (default: W2A2)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run each (default: 0)")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="change fields of every recipe")
+    parser.add_argument("--images", type=int, help="calibration images (default: 1,024; 1,000 of ImageNet)")
     parser.add_argument("--ablation", nargs="*", metavar="WORDS", help="vary the recipe standard, one thing at a time: those that begin so")
     parser.add_argument(
         "--out", type=Path, default=Path("reconstruction"), help="folder for runs, tables and plots (default: reconstruction)"
@@ -96,6 +98,7 @@ def main() -> None:
     if not (options.path / "zoo.py").is_file():
         parser.error(f"{options.path} has no zoo.py; see --help")
     changes = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.set)}
+    shown = changes | ({"images": options.images} if options.images else {})
     ablates = options.ablation is not None
     if ablates:
         standard = fxquant.Recipe.STANDARD.replace(name="standard", **changes)
@@ -104,14 +107,14 @@ def main() -> None:
         if unknown:
             parser.error(f"no variant begins with {unknown[0]!r}; there are: {', '.join(varied)}")
         chosen = [name for name in varied if not options.ablation or any(name.startswith(words) for words in options.ablation)]
-        runs = [(label(name, changes), standard.replace(name="standard", **varied[name])) for name in chosen]
+        runs = [(label(name, shown), standard.replace(name="standard", **varied[name])) for name in chosen]
     else:
         named = [(name, fxquant.Recipe.named(name)) for name in options.recipes]
-        runs = [(label(name, changes), recipe.replace(name=name, **changes) if changes else recipe) for name, recipe in named]
+        runs = [(label(name, shown), recipe.replace(name=name, **changes) if changes else recipe) for name, recipe in named]
 
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / ("ablation.jsonl" if ablates else "runs.jsonl")
-    data = Data(options.path, options.network, ablates)
+    data = Data(options.path, options.network, ablates, options.images)
     for setting in options.settings:
         for name, recipe in runs:
             for seed in options.seeds:
@@ -130,10 +133,11 @@ def main() -> None:
 class Data:
     """The network, its calibration images, and what it is tested on."""
 
-    def __init__(self, folder: Path, network: str, development: bool):
+    def __init__(self, folder: Path, network: str, development: bool, count: int | None = None):
         zoo = import_zoo(folder)
         self.model, norm = zoo.load_model(network)
-        train, test, count = next(value for prefix, value in DATA.items() if network.startswith(prefix))
+        train, test, usual = next(value for prefix, value in DATA.items() if network.startswith(prefix))
+        count = count or usual
         if development:
             images, labels = zoo.load_images(train, norm, count + DEVELOPMENT)
             count = min(count, len(images) * 3 // 4)

@@ -6,6 +6,7 @@ They replace leaf modules and never write into one: a graph can be edited on a c
 from __future__ import annotations
 
 import copy
+import gc
 import operator
 import zlib
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from torch.fx import GraphModule, Node
 from fxquant.errors import ConfigError
 
 KEPT_ATTRIBUTES = ("num_classes", "pretrained_cfg", "default_cfg")
+LARGE = 2**28
+"""Bytes of parameters from which on memory is worth a look for what can be freed."""
 
 
 def module_of(node: Node) -> nn.Module:
@@ -94,6 +97,16 @@ def deep_copy(gm: GraphModule) -> GraphModule:
     new = copy.deepcopy(gm)
     new.__class__.__name__ = type(gm).__name__  # each GraphModule has a class of its own
     return new
+
+
+def free_unused(like: nn.Module) -> None:
+    """Free GraphModules that nothing refers to any more, where they may be as large as `like`.
+
+    Each refers to itself through its graph, so Python would keep all its weights until it next looks for such cycles, which it may not do
+    for gigabytes: it counts objects. Looking takes some tenths of a second, so small networks wait.
+    """
+    if sum(value.nbytes for value in like.parameters()) >= LARGE:
+        gc.collect()
 
 
 def device_of(gm: GraphModule) -> torch.device | None:

@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxquant.errors import PassError
-from fxquant.graph import clean, fork
+from fxquant.graph import clean, fork, free_unused
 
 T = TypeVar("T")
 
@@ -183,9 +183,11 @@ class Pipeline:
 
     def run(self, gm: GraphModule) -> GraphModule:
         """Return `gm` after all passes; `logs` holds what each did."""
+        free_unused(gm)
         for step in self.passes:
             step.track, step.meter = self.track, self.meter
             gm = step(gm).graph_module
+            free_unused(gm)
             self.logs.append(step.log)
             if self.say:
                 self.say(step.log)

@@ -111,6 +111,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> GraphModule:
         gm = network if isinstance(network, GraphModule) and is_traced(network) else trace(network, example)
     except TraceError as error:
         raise _foreign(path, f"images of shape {list(record.input_shape)} do not go through the network ({error})") from error
+    del network  # `trace` made a copy of its own
     gm = Pipeline([step() for step in PREPARE]).run(gm)
     _compare_graphs(path, gm, record.graph)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 
 import pytest
 import torch
 from nets import images, prepared, traced
 from torch.fx import GraphModule, Node
 
+from fxquant import graph
 from fxquant.calibration import activation_quantizers, weight_quantizers
 from fxquant.errors import PassError
 from fxquant.passes import (
@@ -182,3 +185,24 @@ def test_track_sees_the_long_loops():
     assert 0 < seen[1][2] <= len(observed.graph.nodes)
     assert all(step.track is track for step in steps)
     assert torch.equal(plain(images()), again(images()))
+
+
+def test_what_a_pass_replaced_is_freed(monkeypatch):
+    """A GraphModule refers to itself, and with it to its weights, until Python looks for such cycles."""
+    alive: list[weakref.ref[GraphModule]] = []
+
+    class Remember(Double):
+        def run(self, gm: GraphModule) -> None:
+            alive.append(weakref.ref(gm))
+            super().run(gm)
+
+    gc.disable()
+    try:
+        for large in (True, False):
+            alive.clear()
+            monkeypatch.setattr(graph, "LARGE", 0 if large else 2**28)
+            last = Pipeline([Remember(), Remember(), Remember()]).run(traced("chain"))
+            assert [other() is not None for other in alive] == [not large, not large, True]
+            assert alive[-1]() is last
+    finally:
+        gc.enable()
