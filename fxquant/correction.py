@@ -17,7 +17,7 @@ from fxquant.console import Narrator
 from fxquant.data import check_seed, collect, fresh_views, rebatch, seeded
 from fxquant.errors import CATError, ConfigError, FxquantWarning
 from fxquant.execution import BATCH, images_at_once
-from fxquant.graph import called, is_traced
+from fxquant.graph import called, is_traced, precision_of
 from fxquant.inspection import working_device
 from fxquant.metrics import kl_divergence
 from fxquant.passes.append_cat import AppendCAT, logits_node
@@ -91,7 +91,7 @@ def append_cat(
     device = working_device(quantized, device)
     with seeded(seed, loader):
         size = min(_images_at_once(network, device) for network in (quantized, teacher))
-        batches = rebatch(collect(loader, _precision_of(quantized)), size)
+        batches = rebatch(collect(loader, precision_of(quantized)), size)
         mine, theirs = logits_of_each([quantized, teacher], batches, narrator, device)
         if fit == "auto":
             if reason := _too_few(len(mine)):
@@ -258,8 +258,3 @@ def _trains(network: object) -> bool:
 
 def _ends_in_cat(network: object) -> bool:
     return isinstance(network, nn.Module) and any(isinstance(module, CAT) for module in network.modules())
-
-
-def _precision_of(network: object) -> torch.dtype:
-    values = network.parameters() if isinstance(network, nn.Module) else ()
-    return next((value.dtype for value in values if value.is_floating_point()), torch.float32)

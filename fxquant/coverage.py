@@ -3,6 +3,7 @@
     relu -[q]-> conv(Wq)            counts as quantized: so many multiply-adds
     images ---> conv(Wq)            float: reads the images
     lstm                            float: opaque
+    deform_conv2d(W)                float: has a weight, and multiply-adds that are not known
 
 The counts are those of `torch.utils.flop_counter` (convolutions, matrix products and attention, whoever calls them), so what a module that
 stayed opaque does counts too.
@@ -17,17 +18,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxquant.execution import sweep
-from fxquant.graph import is_tensor, module_of
+from fxquant.graph import constant_of, is_tensor, module_of
 from fxquant.kinds import QUANTIZED, WEIGHTED, kind
 from fxquant.placement import layer_name, operands, source
 from fxquant.quantizers import LogQuantizer, UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
 from fxquant.tracing.attention import without_fast_path
+
+_COUNTED = ("torch", "_operator", "builtins", "math")
+"""Homes of functions that the counter knows, or that do not multiply (but for ``F.bilinear``); operations of libraries
+(``torch._ops.torchvision``) are neither."""
+_NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.RMSNorm)
+"""Modules whose weights are looked up, or scale element by element."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Work:
 
 
 def count_work(gm: GraphModule, image: Tensor) -> list[Work]:
-    """Return every node of `gm`, float or quantized, that multiplies and adds.
+    """Return every node of `gm`, float or quantized, that multiplies and adds; with 0 what has a weight, and a count that is not known.
 
     Args:
         gm: a graph whose nodes carry ``meta["val"]``.
@@ -52,6 +60,8 @@ def count_work(gm: GraphModule, image: Tensor) -> list[Work]:
             total = counter.get_total_flops()
             if total > before:
                 found.append(Work(layer_name(node), (total - before) // 2, _why_float(node)))
+            elif _hides_work(node):
+                found.append(Work(layer_name(node), 0, "has a weight, and multiply-adds that are not known"))
             before = total
     return found
 
@@ -79,9 +89,9 @@ def share_quantized(work: Mapping[str, Any]) -> float:
 def describe_work(work: Mapping[str, Any]) -> str:
     """Return what `summary` gives as one line."""
     text = f"{work['all'] / 1e6:,.2f} million multiply-adds an image, {100 * share_quantized(work):.2f} % on quantized operands"
-    left = [f"{name} {100 * count / work['all']:.2f} % ({why})" for name, count, why in work["float"][:3]]
-    more = len(work["float"]) - len(left)
-    left += [f"{more} more in the record's work"] if more else []
+    counted = [f"{name} {100 * count / work['all']:.2f} % ({why})" for name, count, why in work["float"] if count]
+    left = counted[:3] + ([f"{len(counted) - 3} more in the record's work"] if len(counted) > 3 else [])
+    left += [f"{name} ({why})" for name, count, why in work["float"] if not count]
     return f"{text}; float: {', '.join(left)}" if left else text
 
 
@@ -113,6 +123,19 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
+def _hides_work(node: Node) -> bool:
+    """Say whether `node` computes something that torch's counter does not know from a weight of two axes or more."""
+    if node.op == "call_module":
+        module = module_of(node)
+        return kind(node) == "other" and type(module) not in _NO_PRODUCTS and any(value.ndim > 1 for value in module.parameters())
+    home = str(getattr(node.target, "__module__", ""))
+    known = home == "torch._ops.aten" or (home.partition(".")[0] in _COUNTED and not home.startswith("torch._ops."))
+    if node.op != "call_function" or (known and node.target is not F.bilinear):
+        return False
+    weights = (constant_of(other) for other in node.all_input_nodes)
+    return any(isinstance(value, nn.Parameter) and value.ndim > 1 for value in weights)
+
+
 def _why_float(node: Node) -> str:
     word = kind(node)
     if word not in QUANTIZED:
@@ -121,7 +144,7 @@ def _why_float(node: Node) -> str:
         return "its weight is float" if node.op == "call_module" else "its weight is computed"
     given = operands(node)
     needed = {"matmul": 2, "attention": 3}.get(word, 1)
-    if len(given) < needed:
+    if len(given) < needed and node.target is not torch.einsum:
         return "an operand is no tensor of its own"
     for operand in given:
         made_by = source(operand)

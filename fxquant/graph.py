@@ -114,6 +114,12 @@ def device_of(gm: GraphModule) -> torch.device | None:
     return next((value.device for values in (gm.parameters(), gm.buffers()) for value in values), None)
 
 
+def precision_of(network: object) -> torch.dtype:
+    """Return the floating point type of the first parameter that has one, float32 when there is none."""
+    values = network.parameters() if isinstance(network, nn.Module) else ()
+    return next((value.dtype for value in values if value.is_floating_point()), torch.float32)
+
+
 def check_same_device(teacher: GraphModule, student: GraphModule) -> None:
     """Raise ConfigError when the two graphs are on different devices."""
     theirs, mine = device_of(teacher), device_of(student)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import operator
+import warnings
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.parameter import is_lazy
 
-from fxquant.errors import CalibrationError, ConfigError, ModelError, TraceError
+from fxquant.errors import CalibrationError, ConfigError, FxquantWarning, ModelError, TraceError
 from fxquant.graph import deep_copy, is_traced
 from fxquant.quantizers import UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
-from fxquant.tracing import trace
+from fxquant.tracing import copied, trace
 from fxquant.tracing.leaves import unwrap
 from fxquant.tree import tensors_of
 
@@ -29,22 +32,32 @@ def check_network(model: nn.Module, architecture: bool = False) -> nn.Module:
         architecture: only its structure matters, its values may be anything.
 
     Raises:
-        ModelError: it is no module, is quantized already, or a parameter is half precision, complex, not finite, or on the meta device;
-            buffers that are not of norms may be infinite: masks and bounds are.
+        ModelError: it is no module, is quantized already, is a graph of torch.export, or a parameter is half precision, not finite, without
+            a shape, or on the meta device; buffers that are not of norms may be infinite: masks and bounds are.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"is a {type(model).__name__}, not an nn.Module", where="model", fix="Pass the network itself")
     model = unwrap(model)
     if any(isinstance(module, QuantizedLayer | UniformQuantizer) for module in model.modules()):
         raise ModelError("is quantized already", where=type(model).__name__, fix="Pass the float network, with other bits or overrides")
+    if isinstance(model, GraphModule) and _is_exported(model):
+        raise ModelError(
+            "is a graph of torch.export, in whose operations layers cannot be told",
+            where=type(model).__name__,
+            fix="Pass the nn.Module that it was exported from",
+        )
     buffers = dict(model.named_buffers())
     for name, value in [*model.named_parameters(), *buffers.items()]:
         if value.is_meta:
             raise ModelError("has no data (meta device)", where=name, fix="Load weights before quantizing")
-        if (value.is_floating_point() or value.is_complex()) and value.dtype not in (torch.float32, torch.float64):
-            kind = str(value.dtype).removeprefix("torch.")
+        if is_lazy(value):
+            raise ModelError("has no shape yet (lazy)", where=name, fix="Run one batch through the network first")
+        kind = str(value.dtype).removeprefix("torch.")
+        if value.is_complex() and value.dtype != torch.complex64:
+            raise ModelError(f"is {kind}, which cannot be stored", where=name, fix="Make it complex64")
+        if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
             raise ModelError(f"is {kind}; ranges are chosen in float32", where=name, fix="Pass model.float()")
-        if not architecture and value.is_floating_point():
+        if not architecture and (value.is_floating_point() or value.is_complex()):
             may_be_infinite = name in buffers and name.rpartition(".")[2] not in FINITE
             if bool((value.isnan() if may_be_infinite else ~value.isfinite()).any()):
                 raise ModelError(f"holds NaN{'' if may_be_infinite else ' or Inf'}", where=name, fix="Re-load the checkpoint")
@@ -53,6 +66,13 @@ def check_network(model: nn.Module, architecture: bool = False) -> nn.Module:
         named = " and ".join(f"{name} {str(dtype).removeprefix('torch.')}" for dtype, name in kinds.items())
         raise ModelError(f"mixes precisions: {named}", where=type(model).__name__, fix="Pass model.float()")
     return model
+
+
+def _is_exported(gm: GraphModule) -> bool:
+    """Say whether all that `gm` calls are operations of aten, as in the graphs of torch.export, and modules without weights."""
+    calls = [node.target for node in gm.graph.nodes if node.op == "call_function" and node.target is not operator.getitem]
+    layers = any(True for node in gm.graph.nodes if node.op == "call_module" for _ in gm.get_submodule(str(node.target)).parameters())
+    return bool(calls) and not layers and all(isinstance(call, torch._ops.OpOverload) for call in calls)
 
 
 def working_device(model: object, device: torch.device | str | None) -> torch.device:
@@ -104,11 +124,23 @@ def traced(model: nn.Module, images: Tensor) -> GraphModule:
         with contextlib.suppress(TypeError):  # forward takes other arguments than one batch: tracing says it best
             _check_buffers(model, images)
         raise
-    expected = tensors_of(_check_buffers(model, images))
+    output = _check_buffers(model, images)
     with torch.no_grad():
-        got = tensors_of(graph.to(images.device)(images))
-    for mine, theirs in zip(got, expected, strict=True):
-        if mine.shape != theirs.shape or not torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max())):
+        made = graph.to(images.device)(images)
+    if isinstance(output, dict) and type(output) not in (dict, OrderedDict):
+        text = f"the network returns a {type(output).__name__}, its graph a dict: read output['name'], not output.name"
+        warnings.warn(FxquantWarning(text), stacklevel=3)
+    expected = tensors_of(output)
+    for mine, theirs in zip(tensors_of(made), expected, strict=True):
+        if not _agree(mine, theirs):
+            with torch.no_grad():
+                again = tensors_of(_probe(model, images)(images))
+            if not all(map(_agree, again, expected)):
+                raise TraceError(
+                    "gives other outputs each time, in eval mode",
+                    where=type(model).__name__,
+                    fix="Let it draw nothing at random: F.dropout takes training=self.training, attention dropout_p=0.0 in eval mode",
+                )
             raise TraceError(
                 "its graph gives other outputs than the network itself",
                 where=type(model).__name__,
@@ -116,6 +148,15 @@ def traced(model: nn.Module, images: Tensor) -> GraphModule:
                 "keep that module opaque with fxquant.trace(model, example, leaf_modules=(...,)) and pass the result",
             )
     return graph
+
+
+def _agree(mine: Tensor, theirs: Tensor) -> bool:
+    """Say whether two outputs are equal up to rounding: classes and masks may differ for one value in a thousand."""
+    if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+        return False
+    if not (theirs.is_floating_point() or theirs.is_complex()):
+        return bool((mine != theirs).sum() <= theirs.numel() / 1000)
+    return torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()) if theirs.numel() else 0.0)
 
 
 def _check_buffers(model: nn.Module, images: Tensor) -> object:
@@ -138,7 +179,7 @@ def _check_buffers(model: nn.Module, images: Tensor) -> object:
 
 
 def _probe(model: nn.Module, images: Tensor) -> nn.Module:
-    return copy.deepcopy(model).eval().to(images.device)
+    return copied(model).eval().to(images.device)
 
 
 def _changed_buffer(probe: nn.Module, images: Tensor) -> tuple[object, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.console import Narrator
-from fxquant.errors import ConfigError
+from fxquant.errors import ConfigError, FxquantWarning
 from fxquant.files import gib
 from fxquant.passes import FinishNetwork, ReconstructUnits
 from fxquant.pipeline import Pass
@@ -19,6 +22,8 @@ from fxquant.recipe import Recipe
 from fxquant.reconstruction.checkpoint import Checkpoints, Identity
 from fxquant.reconstruction.keeper import Keeper
 from fxquant.reconstruction.walk import peak_need, peak_need_of_packs
+from fxquant.tracing.sizes import quiet_failures
+from fxquant.tree import floats_of
 from fxquant.units import cut
 
 UNIT_WISE, NETWORK_WISE = ("units", "scales"), ("output_kl", "finish")
@@ -59,6 +64,33 @@ def learning_passes(
         else:
             passes.append(FinishNetwork(teacher, images, loader, recipe, seed, device, stage, keeper))
     return passes
+
+
+def learnable(recipe: Recipe, teacher: GraphModule, image: Tensor) -> Recipe:
+    """Return `recipe` as `teacher` can learn by it: in float32 where operations have no bfloat16 (deformable convolutions).
+
+    Raises:
+        ConfigError: it learns, and the network returns nothing that has an error (classes or masks alone).
+    """
+    if not set(recipe.stages) & {*UNIT_WISE, *NETWORK_WISE}:
+        return recipe
+    with torch.no_grad():
+        if not floats_of(teacher(image)):
+            fix = 'Use recipe="fast", or let the network return its scores, too'
+            raise ConfigError("learns, and the network returns no floats to learn from", where=f"recipe {recipe.name!r}", fix=fix)
+        if recipe.precision == "float32":
+            return recipe
+        try:
+            with quiet_failures(), contextlib.redirect_stderr(io.StringIO()), torch.autocast(image.device.type, torch.bfloat16):
+                teacher(image)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            why = str(error).strip().splitlines()[0]
+            text = f"the network does not run in bfloat16, so it learns in float32, which is slower: {why}"
+            warnings.warn(FxquantWarning(text), stacklevel=3)
+            return recipe.replace(name=recipe.name, precision="float32")
+    return recipe
 
 
 def keeper_of(

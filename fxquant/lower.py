@@ -70,7 +70,8 @@ def lower(qmodel: nn.Module, backend: str = "cpu", *, pack: bool = False) -> Gra
     lowered = Pipeline([lowering]).run(gm)
     if not lowering.log.count:
         reasons = "; ".join(f"{where}: {why}" for where, why in lowering.log.skipped[:3])
-        raise ModelError(f"has nothing to lower ({reasons})", where=type(gm).__name__, fix="Quantize weights and activations: w=8, a=8")
+        fix = 'Quantize weights and activations, images too: w=8, a=8, edges="integer"'
+        raise ModelError(f"has nothing to lower ({reasons})", where=type(gm).__name__, fix=fix)
     record.passes.append(lowering.log)
     record.lowered = backend
     record.attach(lowered)

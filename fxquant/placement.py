@@ -39,6 +39,7 @@ from fxquant.errors import ConfigError, ModelError, listed, one_of
 from fxquant.graph import argument, is_tensor, module_of
 from fxquant.grids import cut_of, terms_of
 from fxquant.kinds import QUANTIZED, WEIGHTED, kind
+from fxquant.tracing.values import leaves
 
 EDGES = {
     "8bit": "first and last weights and the last layer's input at 8 bits",
@@ -162,6 +163,8 @@ def layer_name(node: Node) -> str:
 
 def operands(node: Node) -> list[Node]:
     """Return the nodes whose values a quantized op multiplies (not its weight, bias or mask)."""
+    if node.target is torch.einsum:
+        return [operand for operand in leaves((node.args, node.kwargs)) if isinstance(operand, Node)]
     count = {"matmul": 2, "attention": 3}.get(kind(node), 1)
     given = [operand for operand in [*node.args, *node.kwargs.values()] if isinstance(operand, Node)]
     return given[:count]

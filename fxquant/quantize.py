@@ -25,8 +25,9 @@ from fxquant.coverage import describe_work
 from fxquant.data import check_seed, collect, in_one_order, is_changing, rebatch, repeatable
 from fxquant.errors import ConfigError
 from fxquant.execution import images_at_once
+from fxquant.graph import precision_of
 from fxquant.inspection import check_network, traced, working_device
-from fxquant.learning import keeper_of, learning_passes
+from fxquant.learning import keeper_of, learnable, learning_passes
 from fxquant.pipeline import Pipeline
 from fxquant.placement import EDGES, check_bits, place
 from fxquant.recipe import Recipe
@@ -87,8 +88,7 @@ def quantize(
     device = working_device(model, device)
     with repeatable(seed, calib_loader):
         calib_loader = in_one_order(calib_loader) or calib_loader
-        images = rebatch(collect(calib_loader, next((p.dtype for p in model.parameters()), torch.float32)))
-
+        images = rebatch(collect(calib_loader, precision_of(model)))
         prepare = Pipeline([step() for step in passes.PREPARE], narrator.passed, narrator.bar)
         teacher = prepare.run(traced(model, images[0].to(device)).to(device))
         images = rebatch(images, images_at_once(teacher.graph.nodes, device))
@@ -97,7 +97,7 @@ def quantize(
         some = affordable_images(images, recipe.bias_images, recipe, teacher, device)
         reparameterize = [passes.ReparameterizeNorms(plan, some, recipe)] if "reparameterize" in recipe.stages else []
         teacher = Pipeline(reparameterize, narrator.passed, narrator.bar).run(teacher)
-
+        recipe = learnable(recipe, teacher, images[0][:1].to(device))
         observe = passes.InsertObservers(plan, recipe.matmul_scales)
         observed = observe(teacher).graph_module.to(device)
         if is_changing(calib_loader):

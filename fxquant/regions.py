@@ -10,6 +10,7 @@ write into, and regions that read each other in a circle become one.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ class Flow:
     """The tensors of a traced graph, read once.
 
     Attributes:
-        nodes: what the graph computes, in order: all but placeholders, constants and the output.
+        nodes: what the graph computes, in order: all but placeholders, constants, the output and the dataclass that it may be.
         solid: those that make a value from the images.
         layers: the solid ones that call a module which owns a weight.
     """
@@ -41,7 +42,7 @@ class Flow:
     def __init__(self, gm: GraphModule):
         self.ordered = list(gm.graph.nodes)
         self.position = {node: index for index, node in enumerate(self.ordered)}
-        self.nodes = [node for node in self.ordered if node.op not in ("placeholder", "get_attr", "output")]
+        self.nodes = [node for node in self.ordered if node.op not in ("placeholder", "get_attr", "output") and not is_dataclass_made(node)]
         self.kinds = {node: kind(node) for node in self.nodes}
         self.images = next(node for node in gm.graph.nodes if node.op == "placeholder")
         self.layers = {node for node in self.nodes if node.op == "call_module" and self.kinds[node] in WEIGHTED}
@@ -95,7 +96,7 @@ class Flow:
     def outputs(self, nodes: Iterable[Node]) -> list[Node]:
         """Return those of `nodes` that are read outside of them or returned by the network, in graph order."""
         inside = set(nodes)
-        read = {node for node in inside if not inside.issuperset(self.readers(node)) or is_returned(node)}
+        read = {node for node in inside - self.free if not inside.issuperset(self.readers(node)) or is_returned(node)}
         return sorted(read, key=self.position.__getitem__)
 
     def is_stack(self, node: Node) -> bool:
@@ -128,8 +129,15 @@ def is_number(node: Node) -> bool:
 
 
 def is_returned(node: Node) -> bool:
-    """Say whether the network's output reads `node`."""
-    return any(reader.op == "output" for reader in node.users)
+    """Say whether the network's output reads `node`, itself or in a dataclass."""
+    return any(reader.op == "output" or is_dataclass_made(reader) for reader in node.users)
+
+
+def is_dataclass_made(node: Node) -> bool:
+    """Say whether `node` makes the dataclass that the network returns, or a part of it, which torch.fx writes as a call: this is the form
+    of the output, not a value."""
+    makes = node.op == "call_function" and isinstance(node.target, type) and dataclasses.is_dataclass(node.target)
+    return makes and all(reader.op == "output" or is_dataclass_made(reader) for reader in node.users)
 
 
 def rebuild(value: object, source: Node) -> object:

@@ -11,7 +11,6 @@ graph it was made from, every name, shape and type) before a network is built fr
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Mapping
@@ -39,7 +38,7 @@ from fxquant.placement import LayerPlan, TensorPlan
 from fxquant.quantizers import DualQuantizer, LogQuantizer, Observer, QuantSpec, UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
 from fxquant.record import Record
-from fxquant.tracing import trace
+from fxquant.tracing import copied, trace
 from fxquant.tracing.leaves import unwrap
 
 FORMAT = "fxquant"
@@ -106,7 +105,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> GraphModule:
     record = Record.from_dict(header["record"])
     dtype = getattr(torch, record.input_dtype)
     example = torch.zeros(2, *record.input_shape, dtype=dtype)
-    network = copy.deepcopy(check_network(model, architecture=True)).eval().to("cpu", dtype)
+    network = copied(check_network(model, architecture=True)).eval().cpu()
+    network = network.double() if dtype == torch.float64 else network.float()  # `to` would take the imaginary part of complex weights
     try:
         gm = network if isinstance(network, GraphModule) and is_traced(network) else trace(network, example)
     except TraceError as error:

@@ -107,6 +107,8 @@ def logits_node(gm: GraphModule) -> Node | str:
         several = {"immutable_dict": "dict", "immutable_list": "list"}.get(type(result).__name__, type(result).__name__)
         return f"returns a {several}, not one tensor of logits [N, C]"
     value = result.meta.get("val")
+    if isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():
+        return f"returns {str(value.dtype).removeprefix('torch.')}, not logits [N, C]"
     if not isinstance(value, Tensor) or value.ndim != 2:
         shape = [size if isinstance(size, int) else "N" for size in value.shape] if isinstance(value, Tensor) else type(value).__name__
         return f"returns {shape}, not logits [N, C]"

@@ -35,8 +35,9 @@ class ModularizeWeights(Pass):
         get_attr stem.weight ---.
         x ------------------- F.conv2d              =>     x -> stem
 
-    The module takes the dotted path of the parameter, so it has the name the network's author gave it. Refused when the weight is
-    computed from the image (what is computed from parameters alone is folded before): such a layer has no stored weight to quantize.
+    The module takes the dotted path of the parameter, or of the module that computed it (parametrizations) and does nothing else, so it has
+    the name the network's author gave it. Refused when the weight is computed from the image (what is computed from parameters alone is
+    folded before): such a layer has no stored weight to quantize.
     """
 
     after = (Canonicalize, FoldConstants)
@@ -64,7 +65,9 @@ class ModularizeWeights(Pass):
         source = str(argument(node, place, name).target)
         path = free_path(gm, source.removesuffix(name).rstrip("._") or "weight")
         owner = source.removesuffix("." + name)
-        if owner != source and _only_holds_parameters(gm, owner):
+        if owner == source and _is_all_of(gm, node, inside := _innermost(node)):
+            path = inside
+        elif owner != source and _only_holds_parameters(gm, owner):
             path = owner
             if sum(str(other.target) == source for other in gm.graph.nodes) > 1:
                 path = free_path(gm, owner)  # another call still reads the parameter under its name
@@ -73,13 +76,33 @@ class ModularizeWeights(Pass):
             new = gm.graph.call_module(path, (node.args[0] if node.args else node.kwargs["input"],))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
+        constants = [other for other in node.all_input_nodes if other.op == "get_attr"]
         gm.graph.erase_node(node)
+        for constant in constants:  # the module may have taken the place of what held them
+            if not constant.users:
+                gm.graph.erase_node(constant)
+
+
+def _innermost(node: Node) -> str:
+    """Return the path of the innermost module whose forward made the call."""
+    return next((path for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values())), "")
+
+
+def _is_all_of(gm: GraphModule, node: Node, path: str) -> bool:
+    """Say whether the module at `path` makes no other such call, and all that it holds is read by `node` alone."""
+    held = [other for other in gm.graph.nodes if other.op in ("get_attr", "call_module") and str(other.target).startswith(f"{path}.")]
+    alone = not any(kind(other) in WEIGHTED | {"batch_norm"} and _innermost(other) == path for other in gm.graph.nodes if other is not node)
+    return bool(path) and bool(held) and alone and all(other.op == "get_attr" and set(other.users) == {node} for other in held)
 
 
 def _only_holds_parameters(gm: GraphModule, path: str) -> bool:
     owner = gm.get_submodule(path)
     held = {name for name, _ in [*owner.named_parameters(), *owner.named_buffers()]}
-    return type(owner) is nn.Module and held <= {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    return (
+        type(owner) is nn.Module
+        and not any(True for _ in owner.children())
+        and held <= {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    )
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Module | Skip:

@@ -213,12 +213,10 @@ def test_train_mode(quantize, make_net, images):
     assert not any(module.training for module in quantized.modules())
 
 
-@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
 def test_other_precision_of_weights(quantize, images, dtype):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch on complex modules
-        network = nn.Sequential(nn.Flatten(), nn.Linear(192, 10).to(dtype)).eval()
-    with pytest.raises(fxquant.ModelError, match=r"^1\.weight: is (float16|bfloat16|complex64); .* Pass model\.float\(\)\.$"):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 10).to(dtype)).eval()
+    with pytest.raises(fxquant.ModelError, match=r"^1\.weight: is (float16|bfloat16); .* Pass model\.float\(\)\.$"):
         quantize(network, images)
 
 
@@ -266,6 +264,58 @@ def test_infinite_buffers_of_norms(quantize, make_net, images, name):
 def test_meta_device(quantize, net, images):
     with pytest.raises(fxquant.ModelError, match=r"conv1.weight: has no data \(meta device\). Load weights before quantizing"):
         quantize(net.to("meta"), images)
+
+
+def test_lazy_layers(images):
+    with pytest.raises(fxquant.ModelError, match=r"0\.weight: has no shape yet \(lazy\)\. Run one batch"):
+        fxquant.quantize(nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU()).eval(), images, progress=False)
+
+
+def test_a_graph_of_torch_export(quantize, net, images):
+    exported = torch.export.export(net, (images[0],)).module()
+    with pytest.raises(fxquant.ModelError, match=r"is a graph of torch\.export.*Pass the nn\.Module that it was exported from"):
+        quantize(exported, images)
+
+
+def test_operations_of_aten_in_a_traced_network_are_no_export(quantize, images):
+    network = classifier(lambda net, x: net.fc(pooled(torch.ops.aten.relu.default(net.c(x)))))
+    check_runs(quantize(fxquant.trace(network, images[0]), images), images[0])
+
+
+@pytest.mark.parametrize("drop", [lambda x: F.dropout(x, 0.5), lambda x: F.dropout2d(x[..., None], 0.5)[..., 0]], ids=["values", "maps"])
+def test_a_network_that_draws_at_random(quantize, images, drop):
+    network = classifier(lambda net, x: net.fc(drop(pooled(net.c(x)))))
+    with pytest.raises(fxquant.TraceError, match=r"gives other outputs each time, in eval mode\. Let it draw nothing at random"):
+        quantize(network, images)
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, torch.Tensor], ids=["parameter", "buffer"])
+def test_complex_weights_stay_float(quantize, images, tmp_path, kind):
+    """A filter of frequencies, as in networks that mix tokens by Fourier transforms."""
+
+    class Frequencies(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 10)
+            weight = torch.randn(8, 8, 5, dtype=torch.complex64)
+            self.register_parameter("w", kind(weight)) if kind is nn.Parameter else self.register_buffer("w", weight)
+
+        def forward(self, x):
+            x = torch.relu(self.c(x))
+            return self.fc(pooled(torch.fft.irfft2(torch.fft.rfft2(x) * self.w, s=x.shape[-2:])))
+
+    torch.manual_seed(0)
+    network = Frequencies().eval()
+    quantized = quantize(network, images, w=8, a=8)
+    torch.testing.assert_close(quantized(images[0]), network(images[0]), rtol=0.1, atol=0.1)
+    fxquant.save(quantized, tmp_path / "network.safetensors")
+    assert torch.equal(fxquant.load(tmp_path / "network.safetensors", Frequencies())(images[0]), quantized(images[0]))
+    network.w.data[0, 0, 0] = complex(0, float("nan"))
+    with pytest.raises(fxquant.ModelError, match=r"^w: holds NaN"):
+        quantize(network, images)
+    network.w.data = torch.ones_like(network.w, dtype=torch.complex128)
+    with pytest.raises(fxquant.ModelError, match=r"^w: is complex128, which cannot be stored\. Make it complex64"):
+        quantize(network, images)
 
 
 @pytest.mark.parametrize("network", [None, "resnet18", lambda x: x, nn.Conv2d])

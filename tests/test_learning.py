@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision.ops import DeformConv2d
 
 import fxquant
-from fxquant.errors import CheckpointError, ConfigError
+from fxquant.errors import CheckpointError, ConfigError, FxquantWarning
 from fxquant.graph import called
 from fxquant.metrics import kl_divergence
 from fxquant.passes import FinishNetwork
@@ -241,6 +242,26 @@ def test_bfloat16_steps_give_a_float32_network(net, images, stage):
     quantized = quantize(net, images, recipe=ONE[stage].replace(precision="bfloat16", cache_dtype="bfloat16"))
     check_grids(quantized)
     assert {value.dtype for value in quantized.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("stage", ["finish", "units"])
+def test_where_an_operation_has_no_bfloat16_it_learns_in_float32(images, stage):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Deformed(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+    net(images[0])
+    recipe = ONE[stage].replace(precision="bfloat16")
+    with pytest.warns(FxquantWarning, match="does not run in bfloat16, so it learns in float32, which is slower: .*not implemented for"):
+        result = quantize(net.eval(), images, recipe=recipe)
+    same = quantize(net, images, recipe=recipe.replace(precision="float32"))
+    assert torch.equal(result(images[0]), same(images[0]))
+
+
+class Deformed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.offsets, self.conv = nn.Conv2d(8, 18, 3), DeformConv2d(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x, self.offsets(x))
 
 
 def test_disk_and_memory_give_the_same(make_net):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.models import detection, segmentation
 
 import fxquant
+from fxquant import inspection
 from fxquant.coverage import count_work, share_quantized, summary
 from fxquant.tree import tensors_of
 
@@ -71,6 +73,108 @@ def test_a_small_one(tmp_path):
 def test_the_paper_s_cat_needs_logits():
     with pytest.raises(fxquant.CATError, match="returns a dict, not one tensor of logits"):
         fxquant.quantize(Dense().eval(), [torch.randn(8, 3, 16, 16)], cat="paper", recipe="fast", progress=False)
+
+
+@dataclasses.dataclass
+class Found:
+    scores: Tensor
+    classes: Tensor
+
+
+class Head(nn.Module):
+    """Scores with what is worked out from them, in the form that `form` gives."""
+
+    def __init__(self, form: Callable[[Tensor], object]):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+        self.form = form
+
+    def forward(self, x: Tensor) -> object:
+        return self.form(self.head(self.body(x)))
+
+
+FORMS: dict[str, Callable[[Tensor], object]] = {
+    "classes": lambda y: (y, y.argmax(1)),
+    "mask": lambda y: {"scores": y, "above": y > 0},
+    "dataclass": lambda y: Found(y, y.argmax(1)),
+    "size": lambda y: (y, y.argmax(1), y.shape[0]),
+}
+RECIPES = [
+    fxquant.Recipe.FAST,
+    fxquant.Recipe.STANDARD.replace(finish_iterations=3, finish_checks=1),
+    fxquant.Recipe.QDROP.replace(unit_iterations=3),
+    fxquant.Recipe.PDQUANT.replace(unit_iterations=3, unit_correction_iterations=2),
+    fxquant.Recipe.OUTPUT_KL.replace(output_kl_iterations=3),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.name for recipe in RECIPES])
+def test_outputs_that_are_no_floats_and_dataclasses(form, recipe, tmp_path):
+    """Classes and masks have no error that could be learned from; a dataclass is made anew in every call."""
+    torch.manual_seed(0)
+    net, images = Head(FORMS[form]).eval(), torch.randn(16, 3, 16, 16)
+    quantized = fxquant.quantize(net, [images], 8, 8, cat=False, recipe=recipe, progress=False)
+    with torch.no_grad():
+        wanted, got = net(images), quantized(images)
+    assert type(got) is type(wanted)
+    for mine, theirs in zip(tensors_of(got), tensors_of(wanted), strict=True):
+        assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
+    assert F.cosine_similarity(tensors_of(got)[0], tensors_of(wanted)[0]).mean() > 0.99
+    assert (tensors_of(got)[1] == tensors_of(wanted)[1]).double().mean() > 0.9
+    fxquant.save(quantized, tmp_path / "network.safetensors")
+    loaded = fxquant.load(tmp_path / "network.safetensors", net)
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(loaded(images)), tensors_of(got), strict=True))
+
+
+@pytest.mark.parametrize("form", [lambda y: y.argmax(1), lambda y: y > 0], ids=["classes", "mask"])
+def test_nothing_to_learn_from(form):
+    net, images = Head(form).eval(), torch.randn(8, 3, 16, 16)
+    with pytest.raises(fxquant.ConfigError, match=r"'standard': learns, and the network returns no floats to learn from\. Use recipe="):
+        fxquant.quantize(net, [images], 8, 8, progress=False)
+    with pytest.warns(fxquant.FxquantWarning, match="CAT skipped: the network returns"):
+        quantized = fxquant.quantize(net, [images], 8, 8, recipe="fast", progress=False)
+    assert (quantized(images) == net(images)).double().mean() > 0.9
+
+
+def test_a_dataclass_that_no_call_makes():
+    net = Head(lambda y: Late(y)).eval()
+    with pytest.raises(fxquant.TraceError, match="Late has fields that it does not take when it is made"):
+        fxquant.quantize(net, [torch.randn(4, 3, 16, 16)], 8, 8, recipe="fast", progress=False)
+
+
+@dataclasses.dataclass
+class Late:
+    scores: Tensor
+    best: Tensor = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.best = self.scores.amax(1)
+
+
+class Named(OrderedDict[str, Tensor]):
+    """A dict whose entries are attributes, too, as that of Hugging Face's networks."""
+
+    @property
+    def scores(self) -> Tensor:
+        return self["scores"]
+
+
+def test_a_dict_of_a_class_of_its_own_becomes_a_plain_one():
+    net, images = Head(lambda y: Named(scores=y)).eval(), torch.randn(4, 3, 16, 16)
+    with pytest.warns(fxquant.FxquantWarning, match=r"returns a Named, its graph a dict: read output\['name'\], not output\.name"):
+        quantized = fxquant.quantize(net, [images], 8, 8, cat=False, recipe="fast", progress=False)
+    assert F.cosine_similarity(quantized(images)["scores"], net(images).scores).mean() > 0.99
+
+
+def test_a_graph_whose_dataclass_differs_is_refused(monkeypatch):
+    net, images = Head(FORMS["dataclass"]).eval(), torch.randn(4, 3, 16, 16)
+    graph = fxquant.trace(net, images)
+    graph.get_submodule("head.2").bias.data += 1
+    monkeypatch.setattr(inspection, "trace", lambda *given: graph)
+    with pytest.raises(fxquant.TraceError, match="its graph gives other outputs"):
+        fxquant.quantize(net, [images], 8, 8, recipe="fast", progress=False)
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from nets import NETS, Net, make
 from nets import images as some_images
 from torch import Tensor, nn
@@ -60,6 +63,46 @@ def test_what_is_left_on_floats(body, count, reason):
     net = Net(body, conv=nn.Conv2d(3, 4, 1), w=nn.Parameter(torch.randn(4, 4, 1, 1)), m=nn.Parameter(torch.randn(16, 16)), lstm=lstm).eval()
     left = [row for row in work_of(net).values() if row.float_because]
     assert [(row.multiply_adds, row.float_because) for row in left] == [(count, reason)]
+
+
+def test_work_that_cannot_be_counted_is_named():
+    """Torch's counter knows no deformable convolution; a table that is looked up multiplies nothing."""
+    members = {
+        "conv": nn.Conv2d(3, 8, 3, padding=1),
+        "offsets": nn.Conv2d(8, 18, 3, padding=1),
+        "deformed": torchvision.ops.DeformConv2d(8, 4, 3, padding=1),
+        "pairs": nn.Bilinear(4, 4, 5),
+        "weight": nn.Parameter(torch.randn(5, 4, 4)),
+        "table": nn.Embedding(2, 5),
+    }
+
+    def body(s: Any, x: Tensor) -> Tensor:
+        x = s.conv(x).relu()
+        means = s.deformed(x, s.offsets(x)).mean((2, 3))
+        return s.pairs(means, means) + F.bilinear(means, means, s.weight) + s.table(torch.zeros(5, dtype=torch.long)).mean(0)
+
+    net, images = Net(body, **members).eval(), some_images(4)
+    quantized = fxquant.quantize(net, [images], 8, 8, False, recipe=RANGES, edges="integer", progress=False)
+    left = [row for row in count_work(quantized, images[:1]) if row.float_because]
+    assert [(row.name, row.multiply_adds) for row in left] == [("deform_conv2d", 0), ("pairs", 0), ("bilinear", 0)]
+    text = describe_work(fxquant.report(quantized).record.work)
+    unknown = "(has a weight, and multiply-adds that are not known)"
+    assert text.endswith(f"100.00 % on quantized operands; float: deform_conv2d {unknown}, pairs {unknown}, bilinear {unknown}")
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_all_operands_of_an_einsum_are_quantized(listed):
+    layers = {name: nn.Linear(3, 3) for name in "qkv"}
+
+    def body(s: Any, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        operands = s.q(x), s.k(x), s.v(x)
+        equation = "bnc,bmc,bmd->bnd"
+        y = torch.einsum(equation, list(operands)) if listed else torch.einsum(equation, *operands)
+        return torch.einsum("bnc,bmc->bnm", y, y)
+
+    work = work_of(Net(body, **layers).eval())
+    assert not any(row.float_because for row in work.values())
 
 
 class Inside(nn.Module):

@@ -20,11 +20,11 @@ from torch.fx import GraphModule
 
 from fxquant.errors import ConfigError, ExportError
 from fxquant.files import write_whole
-from fxquant.graph import called
+from fxquant.graph import called, precision_of
 from fxquant.quantizers import LogQuantizer, UniformQuantizer
 from fxquant.record import Record
 from fxquant.tracing.leaves import unwrap
-from fxquant.tree import tensors_of
+from fxquant.tree import is_logits, tensors_of
 
 ROUNDING = 1e-5
 """Over the root mean square of a tensor: some times what float32 sums of another order are apart, so that ties are met for sure.
@@ -99,7 +99,7 @@ def batches_of(network: GraphModule, images: Tensor | None, count: int = 4) -> l
     """
     record = Record.from_module(network)
     shape = record.input_shape
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    dtype = precision_of(network)
     if images is None:
         images = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
     if not isinstance(images, Tensor) or images.ndim != len(shape) + 1 or images.shape[1:] != shape or len(images) == 0:
@@ -173,7 +173,7 @@ def compare(path: Path, network: GraphModule, batches: Sequence[Tensor], outputs
             difference = (a - b).double().abs()
             largest = max(largest, difference.max().item() if difference.numel() else 0.0)
             square, norm = square + difference.square().sum().item(), norm + a.double().square().sum().item()
-        if is_logits(wanted):
+        if len(wanted) == 1 and is_logits(wanted[0]):
             same.append(wanted[0].argmax(1) == got[0].argmax(1))
         if not torch.cat([value.flatten().double() for value in got]).isfinite().all():
             raise ExportError("gives values that are not finite", where=str(path), fix=REPORT)
@@ -192,11 +192,6 @@ def compare(path: Path, network: GraphModule, batches: Sequence[Tensor], outputs
 
 
 REPORT = "No file was written. Please report the network and the versions of torch and of the runtime"
-
-
-def is_logits(outputs: Sequence[Tensor]) -> bool:
-    """Say whether the network returns logits ``[N, C]`` and nothing else."""
-    return len(outputs) == 1 and outputs[0].ndim == 2
 
 
 def write(path: Path, content: bytes) -> None:

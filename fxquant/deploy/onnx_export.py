@@ -29,15 +29,14 @@ from fxquant.deploy.exported import (
     exportable,
     first_line,
     image_errors,
-    is_logits,
     write,
 )
 from fxquant.deploy.onnx_graph import OPSETS, Rewriter, marked, opset_of
 from fxquant.errors import ExportError
 from fxquant.execution import sweep
-from fxquant.graph import module_of
+from fxquant.graph import module_of, precision_of
 from fxquant.quantizers import LogQuantizer, UniformQuantizer
-from fxquant.tree import tensors_of
+from fxquant.tree import is_logits, tensors_of
 
 SAME = 1e-4
 """The relative error of outputs computed from equal codes, in another order."""
@@ -72,13 +71,13 @@ def export_onnx(qmodel: nn.Module, path: str | os.PathLike[str], *, clip: bool =
     network, path = exportable(qmodel, path)
     opset = opset_of(network, clip)
     _import_extra(opset)
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    dtype = precision_of(network)
     if dtype != torch.float32:
         raise ExportError(f"is {dtype}, and QuantizeLinear takes float32", where=str(path), fix="Give qmodel.float()")
     batches = batches_of(network, images)
     with torch.no_grad():
         outputs = tensors_of(network(batches[0].clone()))
-    names = ["logits" if is_logits(outputs) else "output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
+    names = ["logits" if is_logits(outputs[0]) else "output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
     model = _converted(network, batches[0], names, opset, str(path))
     rewriter = Rewriter(network, clip)
     rewriter.run(model)

@@ -26,7 +26,7 @@ from fxquant.reconstruction.learners import Learners, without_gradients
 from fxquant.reconstruction.losses import annealed, cosine, feature_loss, powers_of, prediction_loss
 from fxquant.reconstruction.unit import WORSE, Show, can_fuse
 from fxquant.reconstruction.views import Views
-from fxquant.tree import tensors_of
+from fxquant.tree import floats_of, is_logits, tensors_of
 
 State = dict[str, Tensor]
 
@@ -191,7 +191,7 @@ class NetworkTraining:
             torch.compiler.cudagraph_mark_step_begin()  # what the teacher gives lives until the next step, not until the student runs
         with self._precision():
             theirs, wanted = self.steps[1](images)
-        return theirs, [*wanted, *([] if is_logits(theirs) else tensors_of(theirs))]
+        return theirs, [*wanted, *([] if is_logits(theirs) else floats_of(theirs))]
 
     def _loss(self, images: Tensor, theirs: Any, wanted: Sequence[Tensor], powers: Sequence[Tensor], share: float) -> Tensor:
         """Return the part that `images`, a share of a batch, have in what is minimized, in float32; `powers` are those of the batch."""
@@ -202,7 +202,7 @@ class NetworkTraining:
         logits = is_logits(mine)
         if logits:
             loss = loss + share * settings.kl_weight * prediction_loss(mine, theirs, settings.temperature)
-        features = [*features, *([] if logits else tensors_of(mine))]
+        features = [*features, *([] if logits else floats_of(mine))]
         if features and (settings.feature_weight or not logits):
             loss = loss + (settings.feature_weight if logits else 1.0) * feature_loss(features, wanted, powers)
         if settings.penalty:
@@ -221,7 +221,7 @@ class NetworkTraining:
         mine = self._outputs(self.student, self.held_out)
         if is_logits(mine):
             return self.settings.kl_weight * prediction_loss(mine, self.wanted, self.settings.temperature).item()
-        return feature_loss(tensors_of(mine), tensors_of(self.wanted)).item()
+        return feature_loss(floats_of(mine), floats_of(self.wanted)).item()
 
     def _outputs(self, graph: GraphModule, images: Tensor) -> Any:
         parts = [graph(part)[0] for part in images.split(self.at_once)]
@@ -288,8 +288,3 @@ def with_features(gm: GraphModule, nodes: Sequence[str]) -> GraphModule:
     output.args = ((output.args[0], tuple(named[name] for name in nodes)),)
     new.recompile()
     return new
-
-
-def is_logits(output: object) -> bool:
-    """Say whether a network's output is one ``[N, C]`` tensor."""
-    return isinstance(output, Tensor) and output.ndim == 2

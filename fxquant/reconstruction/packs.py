@@ -18,10 +18,10 @@ from fxquant.recipe import Recipe
 from fxquant.reconstruction.guidance import Suffix, suffix_of
 from fxquant.reconstruction.learners import Learners
 from fxquant.reconstruction.losses import prediction_loss
-from fxquant.reconstruction.network import is_logits
 from fxquant.reconstruction.store import Store
 from fxquant.reconstruction.unit import Show
 from fxquant.reconstruction.walk import Visit, Walk
+from fxquant.tree import is_logits
 from fxquant.units import Unit, extract, merge, on_student
 
 

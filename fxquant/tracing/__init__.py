@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import itertools
 import warnings
 
 import torch
@@ -15,20 +16,23 @@ from fxquant.graph import KEPT_ATTRIBUTES
 
 from .attention import without_fast_path
 from .failure import explain
-from .leaves import unwrap, unwrap_children
+from .leaves import drop_hooks, unwrap, unwrap_children
 from .sizes import FixedSizeCode, quiet_failures, same_operations
 from .tracer import ValueTracer
 
-__all__ = ["trace"]
+__all__ = ["copied", "trace"]
+
+_RESERVED = {*vars(torch.fx.GraphModule(nn.Module(), torch.fx.Graph())), "shape_env"}
+"""Attributes of a GraphModule that are not of its class."""
 
 
 def trace(model: nn.Module, example: Tensor, *, leaf_modules: tuple[type[nn.Module], ...] = ()) -> torch.fx.GraphModule:
     """Trace `model` in eval mode into a graph that computes the same for every batch size.
 
-    torch's layers stay `call_module` under their qualified names, everything else is written out down to torch functions,
-    attention included; no convolution or linear weight is hidden. Every node has its fake value in `node.meta["val"]` and the
-    modules it is inside of in `node.meta["nn_module_stack"]`. Parameters and buffers keep their names, constants that the
-    forward makes become buffers.
+    torch's layers stay `call_module` under their qualified names, with what their forward hooks do around them; everything else is
+    written out down to torch functions, attention included; no convolution or linear weight is hidden. Every node has its fake value in
+    `node.meta["val"]` and the modules it is inside of in `node.meta["nn_module_stack"]`. Parameters and buffers keep their names (behind
+    those that a graph needs itself, such as ``code``, comes a ``_``), constants that the forward makes become buffers.
 
     Args:
         model: any module with one tensor argument. It is copied and never changed. `DataParallel`, `DistributedDataParallel` and
@@ -75,7 +79,7 @@ def trace(model: nn.Module, example: Tensor, *, leaf_modules: tuple[type[nn.Modu
     can_autocast = torch.amp.is_autocast_available(device.type)
     autocast = torch.autocast(device.type, enabled=False) if can_autocast else contextlib.nullcontext()
     with torch.inference_mode(False), torch.no_grad(), autocast:
-        module = _trace(_copied(model), example.to(device), leaf_modules)
+        module = _trace(copied(model), example.to(device), leaf_modules)
         if example.dim() > 2 and not _holds_at_other_sizes(module, model, example.to(device), leaf_modules):
             module.graph.set_codegen(FixedSizeCode(tuple(example.shape[1:])))
             module.recompile()
@@ -88,7 +92,7 @@ def _holds_at_other_sizes(
     """Say whether images of another size and aspect, odd where the network takes that, give the same graph."""
     sizes = example.shape[2:]
     for odd in (1, 0):
-        root, other = _copied(model), [(2 + number) * size + odd for number, size in enumerate(sizes)]
+        root, other = copied(model), [(2 + number) * size + odd for number, size in enumerate(sizes)]
         with warnings.catch_warnings(action="ignore"), quiet_failures():
             try:
                 larger = _trace(root, example.new_empty(1).expand(1, example.shape[1], *other), leaf_modules)
@@ -98,14 +102,20 @@ def _holds_at_other_sizes(
     return False
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy of `model`; tensors that were computed from parameters (as by `weight_norm`) are copied without their history.
+
+    Raises:
+        TraceError: something on it cannot be copied.
+    """
+    computed = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor) and value.grad_fn)
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
     except Exception as error:
         raise TraceError(
             f"the model cannot be copied: {error}",
             where=type(model).__name__,
-            fix="Remove the tensors that an earlier forward left on it, or build it again and load its state_dict",
+            fix="Remove what cannot be copied from its attributes, or build it again and load its state_dict",
         ) from error
 
 
@@ -120,6 +130,9 @@ def _trace(root: nn.Module, example: Tensor, leaf_modules: tuple[type[nn.Module]
         raise explain(error, tracer, example) from error
     alive = tracer.mutating
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in {"placeholder", "output"} or node in alive)
+    for node in graph.find_nodes(op="call_module"):
+        drop_hooks(root.get_submodule(str(node.target)))
+    _rename_reserved(root, graph)
     module = torch.fx.GraphModule(root, graph, class_name=type(root).__name__)
     kept = {name: getattr(root, name) for name in KEPT_ATTRIBUTES if hasattr(root, name)}
     # Attributes under this key are the ones that a deepcopy of a GraphModule takes along.
@@ -128,6 +141,23 @@ def _trace(root: nn.Module, example: Tensor, leaf_modules: tuple[type[nn.Module]
         setattr(module, name, value)
     module.graph.lint()
     return module
+
+
+def _rename_reserved(root: nn.Module, graph: torch.fx.Graph) -> None:
+    """Put a ``_`` behind names on `root` that a GraphModule needs itself (``code``, ``graph``, ``meta``), there and in `graph`."""
+    for members in (root._modules, root._parameters, root._buffers):
+        for name in [name for name in members if hasattr(torch.fx.GraphModule, name) or name in _RESERVED]:
+            new = next(new for new in (name + "_" * count for count in itertools.count(1)) if not hasattr(root, new))
+            members[new] = members.pop(name)  # type: ignore[assignment]
+
+            def renamed(path: str, name: str = name, new: str = new) -> str:
+                return new + path[len(name) :] if path == name or path.startswith(f"{name}.") else path
+
+            for node in graph.nodes:
+                if node.op in ("call_module", "get_attr"):
+                    node.target = renamed(node.target)
+                if stack := node.meta.get("nn_module_stack"):
+                    node.meta["nn_module_stack"] = {renamed(key): (renamed(path), kind) for key, (path, kind) in stack.items()}
 
 
 def _input_name(module: nn.Module) -> str:

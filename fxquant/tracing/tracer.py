@@ -14,6 +14,7 @@ become buffers where a recorded call reads them.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import operator
 import threading
@@ -32,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import opaque
 from .attention import explicit_forward, explicit_functional
-from .leaves import is_leaf
+from .leaves import around_hooks, is_leaf
 from .targets import OUT_OF_PLACE, as_call
 from .values import SYMBOLIC, SizeNodes, batch_dim, expression, fake_batch, leaves, replace_leaves
 
@@ -141,10 +142,13 @@ class ValueTracer(torch.fx.Tracer):
         """One node for a leaf, the nodes of its forward for any other module."""
         if self._in_leaf or m not in self._known_modules:
             return forward(*args, **kwargs)
-        own_forward = type(m).forward is nn.MultiheadAttention.forward
-        if isinstance(m, nn.MultiheadAttention) and own_forward and not isinstance(m, self._opaque_types):
+        own_forward = type(m).forward is not nn.MultiheadAttention.forward or "forward" in vars(m)
+        if isinstance(m, nn.MultiheadAttention) and not own_forward and not isinstance(m, self._opaque_types):
             forward = functools.partial(explicit_forward, m)
-        return super().call_module(m, forward, args, kwargs)
+        elif not is_leaf(m):
+            return super().call_module(m, forward, args, kwargs)
+        call = functools.partial(super().call_module, m, forward)
+        return around_hooks(m, lambda *args, **kwargs: call(args, kwargs), args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m, self._opaque_types)
@@ -170,7 +174,9 @@ class ValueTracer(torch.fx.Tracer):
         try:
             with self._inside_torch():
                 try:
-                    return _like(args[0]) if _keeps_form(module, args, kwargs) else runnable(*args, **kwargs)
+                    if _keeps_form(module, args, kwargs):
+                        return _like(args[0])
+                    return (runnable.forward if is_leaf(module) else runnable)(*args, **kwargs)  # hooks run around it
                 except Exception:
                     if not unknown:
                         raise
@@ -316,6 +322,8 @@ class ValueTracer(torch.fx.Tracer):
             return self._emit("call_function", getattr, (self._near, "device"), a)
         if isinstance(a, torch.Size) or hasattr(a, "n_sequence_fields"):
             return tuple(self.create_arg(item) for item in a)
+        if dataclasses.is_dataclass(a) and not isinstance(a, type) and not all(field.init for field in dataclasses.fields(a)):
+            raise NotImplementedError(f"{type(a).__name__} has fields that it does not take when it is made, so no node can make it")
         arg = super().create_arg(a)
         if isinstance(arg, Node):  # a named tuple or dataclass is made by a call of its class
             arg.meta["val"] = a

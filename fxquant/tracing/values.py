@@ -41,6 +41,8 @@ class BatchSpecialized(RuntimeError):
 class DynamicBatch(ShapeEnv):
     """A shape environment that refuses, at the line of code that asks, what would tie the graph to some batch sizes.
 
+    Torch takes a symbolic size to be two at least; what is true for that reason alone would tie the graph to more than one image.
+
     Attributes:
         in_model: whether Python code of the model is running, rather than a torch function. Torch may compare the batch size with
             a number to pick a kernel; when a model does, it picks what the graph computes.
@@ -53,10 +55,18 @@ class DynamicBatch(ShapeEnv):
             raise BatchSpecialized("Python needs the batch size as a number here (int, float, range, len, ...)")
         guards = len(self.guards)
         result = super().evaluate_expr(orig_expr, *args, **kwargs)
-        if self.in_model and len(self.guards) > guards and not _is_unlike_a_number(orig_expr, bool(result)):
+        wants_truth = kwargs.get("fallback_value") is None  # torch's own questions say what to answer where it is not known
+        decided = len(self.guards) > guards or (wants_truth and not _holds_for_one_image(orig_expr, bool(result)))
+        if self.in_model and decided and not _is_unlike_a_number(orig_expr, bool(result)):
             comparison = str(orig_expr).replace(str(*orig_expr.free_symbols), "B")
             raise BatchSpecialized(f"Python control flow compares the batch size B with a number ({comparison})")
         return result
+
+
+def _holds_for_one_image(expr: sympy.Basic, result: bool) -> bool:
+    """Whether `expr`, which torch knows to be `result` for batches of two and more, is that for one image, too."""
+    value = expr.subs(dict.fromkeys(expr.free_symbols, 1))
+    return value not in (sympy.true, sympy.false) or bool(value) == result
 
 
 def _is_unlike_a_number(expr: sympy.Basic, result: bool) -> bool:

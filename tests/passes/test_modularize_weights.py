@@ -14,7 +14,8 @@ from torchvision.models import SwinTransformer
 
 from fxquant import trace
 from fxquant.graph import called
-from fxquant.passes import Canonicalize, ModularizeWeights
+from fxquant.passes import PREPARE, Canonicalize, ModularizeWeights
+from fxquant.pipeline import Pipeline
 
 
 def modularized(net: nn.Module):
@@ -167,3 +168,29 @@ def test_the_input_graph_keeps_its_parameters():
     apply(gm, ModularizeWeights())
     assert state.keys() == gm.state_dict().keys()
     gm(images())
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_a_layer_whose_weight_is_computed_keeps_its_name(norm):
+    """What computed the weight was folded; nothing of it is left but the layer."""
+    compute = getattr(nn.utils.parametrizations, norm)
+    net = nn.Sequential(nn.Sequential(compute(nn.Conv2d(3, 8, 3)), nn.ReLU()), compute(nn.Conv2d(8, 4, 1, bias=False))).eval()
+    prepared = Pipeline([step() for step in PREPARE]).run(trace(net, images(2)))
+    assert [str(node.target) for node in prepared.graph.nodes if node.op == "call_module"] == ["0.0", "0.1", "1"]
+    torch.testing.assert_close(prepared(images(3)), net(images(3)))
+
+
+def test_a_module_that_does_more_than_one_call_keeps_what_it_holds():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(3, 3, 3, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.conv2d(x, self.kernel * 2) + F.conv2d(x, self.kernel * 3)
+
+    net = nn.Sequential(Twice(), nn.ReLU()).eval()
+    prepared = Pipeline([step() for step in PREPARE]).run(trace(net, images(2)))
+    names = [str(node.target) for node in prepared.graph.nodes if node.op == "call_module"]
+    assert len(set(names)) == 3 and "0" not in names
+    torch.testing.assert_close(prepared(images(3)), net(images(3)))

@@ -16,9 +16,9 @@ from fxquant import execution
 from fxquant.quantizers.learned import LatentWeight, LearnedQuantizer
 from fxquant.reconstruction.learners import Learners, put_modules
 from fxquant.reconstruction.losses import powers_of
-from fxquant.reconstruction.network import NetworkSettings, NetworkTraining, is_logits, with_features
+from fxquant.reconstruction.network import NetworkSettings, NetworkTraining, with_features
 from fxquant.reconstruction.views import Views
-from fxquant.tree import tensors_of
+from fxquant.tree import is_logits, tensors_of
 from fxquant.units import cut
 
 COUNT = 20

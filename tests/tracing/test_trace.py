@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from typing import Any, NamedTuple
 
 import pytest
@@ -219,6 +219,9 @@ def test_factories_with_the_batch_size_follow_the_batch_and_the_device() -> None
         (lambda self, x: torch.stack(list(x)), "batch size as a number"),
         (lambda self, x: x if x.shape[0] > 4 else -x, "compares the batch size B with a number"),
         (lambda self, x: x if x.shape[0] % 2 else -x, "compares the batch size B with a number"),
+        (lambda self, x: x if x.shape[0] > 1 else -x, "compares the batch size B with a number"),
+        (lambda self, x: x if x.shape[0] <= 1 else -x, "compares the batch size B with a number"),
+        (lambda self, x: x if x.shape[0] // 2 else -x, "compares the batch size B with a number"),
     ],
 )
 def test_a_graph_for_one_batch_size_is_refused(body: Any, words: str) -> None:
@@ -226,6 +229,11 @@ def test_a_graph_for_one_batch_size_is_refused(body: Any, words: str) -> None:
         trace(net(body), IMAGES)
     assert "test_trace.py:" in str(caught.value)
     assert "x.shape[0]" in str(caught.value)
+
+
+def test_what_holds_for_every_batch_size_may_be_asked() -> None:
+    graph = check(net(lambda self, x: x if x.shape[0] > 0 and x.shape[0] * 2 >= 2 and x.shape[0] == x.size(0) else -x))
+    assert targets(graph) == {"images": 1, "conv": 1, "output": 1}
 
 
 def test_spatial_sizes_may_be_odd_and_the_example_batch_does_not_matter() -> None:
@@ -476,8 +484,7 @@ def test_a_batch_norm_of_a_transposed_tensor_is_contiguous() -> None:
 def test_a_batch_norm_with_a_forward_of_its_own_is_run() -> None:
     norm = nn.BatchNorm2d(4)
     norm.forward = lambda x: torch.cat([x, x], 1)  # type: ignore[method-assign]
-    graph_module = check(net(lambda self, x: self.norm(x), norm=norm))
-    assert next(node.meta["val"].shape[1] for node in graph_module.graph.nodes if node.target == "norm") == 8
+    assert targets(check(net(lambda self, x: self.norm(x), norm=norm))) == {"images": 1, "conv": 1, torch.cat: 1, "output": 1}
 
 
 def test_a_batch_norm_called_with_more_than_its_input() -> None:
@@ -508,11 +515,93 @@ def test_a_model_without_memory() -> None:
     assert trace(model, torch.randn(2, 3, 64, 64))(torch.empty(5, 3, 64, 64, device="meta")).shape == (5, 1000)
 
 
-def test_hooks_of_leaves_run_inside_and_hooks_of_other_modules_are_recorded() -> None:
+def test_hooks_are_recorded_around_the_node() -> None:
+    """Passes replace torch's layers, and what hangs on them would be lost."""
     model = net(lambda self, x: self.block(x), block=nn.Sequential(nn.ReLU()))
     model.conv.register_forward_hook(lambda module, args, output: output * 2)
+    model.conv.register_forward_hook(lambda module, args, kwargs, output: output - 3, with_kwargs=True)
+    model.conv.register_forward_pre_hook(lambda module, args: args[0] - 1)
+    model.conv.register_forward_pre_hook(lambda module, args, kwargs: ((args[0] / 2,), kwargs), with_kwargs=True)
     model.block.register_forward_hook(lambda module, args, output: output + 1)
-    assert targets(check(model)) == {"images": 1, "conv": 1, "block.0": 1, operator.add: 1, "output": 1}
+    graph = check(model)
+    order = [node.target for node in graph.graph.nodes]
+    assert order == ["images", operator.sub, operator.truediv, "conv", operator.mul, operator.sub, "block.0", operator.add, "output"]
+    assert not graph.conv._forward_hooks and len(model.conv._forward_hooks) == 2
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), BatchNormAct2d(4), nn.Dropout(), nn.Identity(), nn.ReLU()])
+@pytest.mark.parametrize("whole", [False, True])
+def test_hooks_that_only_look_leave_no_trace(layer: nn.Module, whole: bool) -> None:
+    model, seen = nn.Sequential(nn.Conv2d(3, 4, 1), layer).eval(), []
+    before = targets(check(model))
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    assert targets(check(model, leaf_modules=(type(layer),) if whole else ())) == before
+    assert seen
+    handle.remove()
+
+
+def test_hooks_inside_of_and_on_an_opaque_module_stay() -> None:
+    class Inside(nn.Sequential):
+        pass
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Inside(nn.Conv2d(4, 4, 1), nn.ReLU())).eval()
+    model[1][0].register_forward_hook(lambda module, args, output: output + 1)
+    model[1].register_forward_hook(lambda module, args, output: output * 2)
+    assert targets(check(model, leaf_modules=(Inside,))) == {"input": 1, "0": 1, "1": 1, "output": 1}
+
+
+def test_hooks_of_a_layer_that_is_called_twice_and_of_a_recurrent_one() -> None:
+    shared, lstm = nn.ReLU(), nn.LSTM(8, 4, batch_first=True)
+    model = net(lambda self, x: self.lstm(self.relu(self.relu(x).flatten(1, 2)))[0], relu=shared, lstm=lstm)
+    shared.register_forward_hook(lambda module, args, output: output - 0.1)
+    lstm.register_forward_hook(lambda module, args, output: (output[0] * 2, output[1]))
+    found = targets(check(model))
+    assert (found["relu"], found[operator.sub], found["lstm"], found[operator.mul]) == (2, 2, 1, 1)
+
+
+@pytest.mark.parametrize("how", ["hook", "hook with keywords", "pre-hook with keywords", "forward"])
+def test_attention_with_a_hook_or_a_forward_of_its_own(how: str) -> None:
+    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    model = net(lambda self, x: self.attention(*[x.flatten(2).repeat(1, 2, 1)[..., :16]] * 3)[0], attention=attention)
+    plain, call = check(model, tolerance=1e-5)(IMAGES), attention.forward
+    if how == "forward":
+        attention.forward = lambda *args, **kwargs: (2 * call(*args, **kwargs)[0], None)  # type: ignore[method-assign]
+    elif how == "hook":
+        attention.register_forward_hook(lambda module, args, output: (2 * output[0], None))
+    elif how == "hook with keywords":
+        attention.register_forward_hook(lambda module, args, kwargs, output: (2 * output[0], None), with_kwargs=True)
+    else:
+        attention.register_forward_pre_hook(lambda module, args, kwargs: ((2 * args[0], *args[1:]), kwargs), with_kwargs=True)
+    other = check(model, tolerance=1e-5)(IMAGES)
+    assert (other - plain).abs().max() > 0.01
+    if "pre" not in how:
+        torch.testing.assert_close(other, 2 * plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm], ids=["weight", "spectral"])
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_weights_that_hooks_compute(norm: Any, ran: bool) -> None:
+    """Before the first forward such a weight carries its gradient, which ``copy.deepcopy`` does not take."""
+    model = nn.Sequential(norm(nn.Conv2d(3, 4, 3)), nn.ReLU()).eval()
+    if ran:
+        with torch.no_grad():
+            model(IMAGES)
+    check(model)
+
+
+@pytest.mark.parametrize("name", ["code", "graph", "meta", "recompile", "_graph", "_code", "_tracer_cls", "shape_env"])
+def test_names_that_a_graph_needs_itself(name: str) -> None:
+    model = nn.Sequential(OrderedDict([(name, nn.Sequential(nn.Conv2d(3, 4, 3))), ("last", nn.ReLU())])).eval()
+    graph = check(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == [f"{name}_.0", "last"]
+    assert [child for child, _ in model.named_children()] == [name, "last"]
+
+
+def test_parameters_and_buffers_under_such_names() -> None:
+    model = net(lambda self, x: x * self.meta + self.code, meta=nn.Parameter(torch.randn(4, 1, 1)), code=torch.randn(4, 1, 1))
+    graph = check(model)
+    assert {name for name, _ in [*graph.named_parameters(), *graph.named_buffers()]} >= {"meta_", "code_"}
 
 
 def test_wrappers_come_off() -> None:
@@ -629,6 +718,6 @@ def test_an_example_that_is_no_batch(example: Any, words: str) -> None:
 
 def test_a_model_that_cannot_be_copied() -> None:
     model = net(lambda self, x: x)
-    model.left_over = model.conv(IMAGES)
+    model.left_over = (item for item in ())
     with pytest.raises(TraceError, match="cannot be copied"):
         trace(model, IMAGES)
