@@ -170,7 +170,7 @@ def compare(path: Path, network: GraphModule, batches: Sequence[Tensor], outputs
             raise ExportError(f"gives shapes {shapes[1]} for {len(batch)} images, not {shapes[0]}", where=str(path), fix=REPORT)
         errors.append(image_errors(wanted, got))
         for a, b in zip(wanted, got, strict=True):
-            difference = (a - b).double().abs()
+            difference = (a.double() - b.double()).abs()
             largest = max(largest, difference.max().item() if difference.numel() else 0.0)
             square, norm = square + difference.square().sum().item(), norm + a.double().square().sum().item()
         if len(wanted) == 1 and is_logits(wanted[0]):

@@ -61,6 +61,16 @@ def test_cat_and_double(tmp_path):
     assert torch.equal(torch.export.load(tmp_path / "a.pt2").module()(some[0]), quantized(some[0]))
 
 
+def test_classes_and_masks_beside_the_scores(tmp_path):
+    class Head(nn.Sequential):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            y = super().forward(x)
+            return y, y.argmax(1), y > 0
+
+    quantized = quantize(Head(*make("chain")).eval(), 8, 8)
+    assert export_pt2(quantized, tmp_path / "a.pt2", images=images(4)).max_difference < 1e-5
+
+
 def test_wrapped(tmp_path, small):
     assert export_pt2(nn.DataParallel(small), tmp_path / "a.pt2").agreement == 1
 
