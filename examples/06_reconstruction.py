@@ -131,20 +131,22 @@ def main() -> None:
 
 
 class Data:
-    """The network, its calibration images, and what it is tested on."""
+    """The network, its calibration images (`count`, or as many as is usual), and what it is tested on."""
 
     def __init__(self, folder: Path, network: str, development: bool, count: int | None = None):
         zoo = import_zoo(folder)
         self.model, norm = zoo.load_model(network)
         train, test, usual = next(value for prefix, value in DATA.items() if network.startswith(prefix))
-        count = count or usual
+        wanted = count or usual
         if development:
-            images, labels = zoo.load_images(train, norm, count + DEVELOPMENT)
-            count = min(count, len(images) * 3 // 4)
-            self.calibration, self.images, self.labels = images[:count], images[count:], labels[count:]
+            images, labels = zoo.load_images(train, norm, wanted + DEVELOPMENT)
+            first = min(wanted, len(images) * 3 // 4)
+            self.calibration, self.images, self.labels = images[:first], images[first:], labels[first:]
         else:
-            self.calibration = zoo.load_images(train, norm, count)[0]
+            self.calibration = zoo.load_images(train, norm, wanted)[0]
             self.images, self.labels = zoo.load_images(test, norm)
+        if count is not None and len(self.calibration) < count:
+            raise SystemExit(f"{train} has {len(self.calibration)} images to calibrate on, not {count}")
         self.teacher = logits(self.model, self.images)
         self.float_top1 = top1(self.teacher, self.labels)
 

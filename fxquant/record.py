@@ -60,7 +60,8 @@ class Record:
     layers: list[LayerRow] = field(default_factory=list)
     cat: dict[str, Any] = field(default_factory=dict)
     work: dict[str, Any] = field(default_factory=dict)
-    """Multiply-adds for one image: ``"all"``, those ``"quantized"``, and ``"float"`` ones as ``[name, count, why]``, the largest first."""
+    """Multiply-adds for one image: ``"all"``, those ``"quantized"``, and ``"float"`` ones as ``[name, count, why]``, the largest first
+    (count 0: not known)."""
     graph: list[str] = field(default_factory=list)
     """Fingerprint of the float graph that was quantized (`fxquant.graph.fingerprint`)."""
     torch_version: str = torch.__version__

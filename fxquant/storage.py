@@ -98,6 +98,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> GraphModule:
     Raises:
         StorageError: the file is missing, damaged, truncated, foreign, of a newer version, or belongs to another architecture.
         ModelError: `model` is no float network with weights.
+        TraceError: `model` holds something that cannot be copied.
     """
     path = Path(path)
     header, tensors = _read(path)
