@@ -60,14 +60,17 @@ class Server:
         self.sizes: Counter[int] = Counter()
 
     def submit(self, image: Tensor) -> Future[Tensor]:
-        """Queue one image; its logits come out of the future.
+        """Queue one image, which becomes float32; its logits come out of the future.
 
         Raises:
-            ValueError: an image of another shape, which would fail the whole batch that it is in, or compile while others wait.
+            ValueError: an image of another shape, or of integers, which would fail the whole batch that it is in, or compile while others
+                wait.
         """
+        if not image.is_floating_point():
+            raise ValueError(f"the image is of {str(image.dtype).removeprefix('torch.')}, and the server takes normalized floats")
         if tuple(image.shape) != tuple(self.shape):
             raise ValueError(f"the image is of shape {list(image.shape)}, and the server takes {list(self.shape)}")
-        request = Request(image)
+        request = Request(image.float())
         self.requests.put(request)
         return request.answer
 

@@ -19,9 +19,10 @@ from torch import nn
 import fxquant
 from fxquant.cli_words import check_target, positive
 from fxquant.console import Narrator
-from fxquant.errors import ConfigError, FxquantWarning
+from fxquant.errors import ConfigError, FxquantWarning, ModelError
 from fxquant.folder import ImageFolder
 from fxquant.networks import Network, build, preprocessing
+from fxquant.placement import EDGES
 from fxquant.recipe import Recipe
 from fxquant.record import Record
 
@@ -55,6 +56,7 @@ def add_commands(commands: Any, named: argparse.ArgumentParser, common: argparse
     command.add_argument("file", nargs="?", metavar="FILE", help="what fxquant quantize wrote (default: random weights, speed alone)")
     command.add_argument("--w", type=int, metavar="BITS", help="without FILE: bits of weights (default: 2)")
     command.add_argument("--a", type=int, metavar="BITS", help="without FILE: bits of activations (default: 2)")
+    command.add_argument("--edges", choices=EDGES, help="without FILE: what first and last layers get (default: 8bit)")
     command.add_argument("--batches", type=positive, nargs="+", default=[1], metavar="N", help="images at once (default: 1)")
     command.add_argument("--threads", type=positive, nargs="+", metavar="N", help="(default: as torch is set)")
     command.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of a few calls each (default: 5)")
@@ -159,7 +161,7 @@ def plot(rows: Rows, title: str, path: str | os.PathLike[str]) -> None:
 
 def _loaded(options: argparse.Namespace) -> tuple[Network, nn.Module]:
     """Return the float architecture and the quantized network of the file."""
-    given = [name for name in ("w", "a") if getattr(options, name, None) is not None]
+    given = [name for name in ("w", "a", "edges") if getattr(options, name, None) is not None]
     if given:
         raise ConfigError(f"{options.file} has bits of its own", where=f"--{given[0]}", fix="Leave it out, or leave out the file")
     network = build(options.model, options.library, options.num_classes)
@@ -173,16 +175,19 @@ def _random(options: argparse.Namespace) -> tuple[Network, nn.Module]:
         network = build(options.model, options.library, options.num_classes)
     shape = preprocessing(network)(Image.new("RGB", (64, 64))).shape
     images = torch.randn(4, *shape, generator=torch.Generator().manual_seed(options.seed))
-    w, a = (2 if value is None else value for value in (options.w, options.a))
+    w, a, edges = (2 if options.w is None else options.w), (2 if options.a is None else options.a), options.edges or "8bit"
     recipe = Recipe.FAST.replace(stages=("ranges",), weight_range="minmax", activation_range="minmax")
-    return network, fxquant.quantize(network.model, [images], w, a, False, recipe=recipe, seed=options.seed, progress=False)
+    return network, fxquant.quantize(network.model, [images], w, a, False, edges=edges, recipe=recipe, seed=options.seed, progress=False)
 
 
 def _lowered(qmodel: nn.Module) -> tuple[nn.Module, str]:
     """Return the network on integers, and what became of its layers: with the reason where the simulation stays."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        lowered = fxquant.lower(qmodel)
+        try:
+            lowered = fxquant.lower(qmodel)
+        except ModelError as error:  # weights alone are quantized, for instance
+            return qmodel, f"nothing is lowered, that row is the simulation again; {error}"
     reasons = []
     for warning in caught:
         if issubclass(warning.category, FxquantWarning):

@@ -15,7 +15,7 @@ from fxquant.errors import ConfigError, FxquantWarning, ModelError, one_of
 from fxquant.graph import deep_copy, device_of
 from fxquant.passes import LowerInteger
 from fxquant.passes.lower_integer import Backend
-from fxquant.pipeline import Pipeline
+from fxquant.pipeline import PassLog, Pipeline
 from fxquant.record import Record
 from fxquant.tracing.leaves import unwrap
 
@@ -60,6 +60,8 @@ def lower(qmodel: nn.Module, backend: str = "cpu", *, pack: bool = False) -> Gra
         warnings.warn(f"backend {backend!r}: the simulation comes back, in floats: {reason}.", FxquantWarning, stacklevel=2)
         gm = deep_copy(gm)
         cast_images(gm)
+        log = PassLog(LowerInteger.name(), LowerInteger.verb, skipped=[("the network", reason)])
+        record.passes.append(log)
         record.attach(gm)
         return gm.eval()
     device = device_of(gm)

@@ -88,7 +88,9 @@ class LowerInteger(Pass):
             elif node in self.layers and node not in fused:
                 self._lower(node)
         if self.log.count:
-            floats = float_operations(gm, set(self.bytes.values()))
+            floats, reasons = float_operations(gm, set(self.bytes.values()), self.grids)
+            for node, reason in reasons.items():
+                self.skip(node, reason)
             if floats:
                 self.note("computed in floats: " + ", ".join(f"{count} {word}" for word, count in sorted(floats.items())))
             cast_images(gm)

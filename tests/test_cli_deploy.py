@@ -176,9 +176,26 @@ def test_bench_says_when_the_simulation_stays(place: Path, capsys, quick, monkey
     assert "this processor is a toaster" in out
 
 
+def test_bench_of_weights_alone(tmp_path: Path, capsys, quick) -> None:
+    model = timm.create_model(NAME, pretrained=False, num_classes=3).eval()
+    images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    fxquant.save(fxquant.quantize(model, [images], 2, None, cat=False, recipe="fast", progress=False), tmp_path / "w.safetensors")
+    assert run("bench", tmp_path / "w.safetensors") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "nothing is lowered, that row is the simulation again; ResNet: has nothing to lower" in out
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+def test_bench_with_other_edges(capsys, quick) -> None:
+    assert cli.main(["bench", "--arch", NAME, "--edges", "integer", "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "layers on integers" in out and "is not quantized" not in out
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (["FILE", "--edges", "integer"], "--edges: FILE has bits of its own. Leave it out, or leave out the file"),
         (["FILE", "--w", "4"], "--w: FILE has bits of its own. Leave it out, or leave out the file"),
         (["--w", "9"], "9 bits are not supported"),
         (["FILE", "--json", "nowhere/a.json"], "nowhere/a.json: its folder does not exist"),
@@ -287,9 +304,13 @@ def test_an_image_of_another_shape_fails_alone() -> None:
     answer = server.submit(torch.ones(1, 2, 2))
     with pytest.raises(ValueError, match=r"of shape \[1, 3, 2\], and the server takes \[1, 2, 2\]"):
         server.submit(torch.ones(1, 3, 2))
+    with pytest.raises(ValueError, match="of uint8, and the server takes normalized floats"):
+        server.submit(torch.ones(1, 2, 2, dtype=torch.uint8))
+    half = server.submit(torch.ones(1, 2, 2).half())
     server.requests.put(None)
     server.serve()
     assert answer.result(0).tolist() == [1.0] * 4
+    assert half.result(0).dtype == torch.float32, "a batch of halves would be compiled anew"
 
 
 def test_the_server_outlives_a_batch_that_fails() -> None:

@@ -51,6 +51,18 @@ def test_at_most_two_graphs_for_all_batch_sizes(quantized, images):
     assert 1 <= counter.graphs <= 2
 
 
+def test_a_third_graph_of_float_convolutions(net, images):
+    """torch's own choice of kernel, for a convolution without stride on the CPU, depends on whether there are 16 images."""
+    torch._dynamo.reset()
+    counter = Counter()
+    quantized = fxquant.quantize(net, images, cat=False, recipe="fast", progress=False)
+    compiled = torch.compile(quantized, fullgraph=True, backend=counter)
+    for count in (1, 2, 15, 16, 33, 64):
+        x = torch.cat(images)[:1].expand(count, -1, -1, -1)
+        assert torch.equal(compiled(x), quantized(x))
+    assert counter.graphs == 3
+
+
 def test_aot_eager(quantized, images):
     torch._dynamo.reset()
     compiled = torch.compile(quantized, fullgraph=True, backend="aot_eager")

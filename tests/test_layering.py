@@ -18,7 +18,6 @@ PRIVATE = {
     "torch._inductor": "deploy: freezing, and the hook behind the other graph passes, have no public names",
     "torch._int_mm": "deploy: the product of int8 matrices; torch names no public one",
     "torch._ops": "deploy: OpOverload, whose schema says which operations give views",
-    "torch.cpu._is_vnni_supported": "deploy: whether products of bytes are exact on this processor",
     "torch._C": "tracing: DisableTorchFunction, which keeps a module call from being recorded twice",
     "torch._assert": "a function that traced networks call; it is recognized, not used",
     "torch._dispatch": "tracing: keeps the batch size symbolic through operations that are only decomposed in Python",

@@ -19,6 +19,9 @@ from fxquant.quantizers import LogQuantizer, UniformQuantizer
 _NOT_COUNTED = QUANTIZED | {"view", "getitem", "input", "constant", "output"}
 """Kinds that are skipped by name where they stay floats, and those that compute nothing."""
 
+_BYTES_TOO = {"add", "concat", "avg_pool"}
+"""Kinds of which some work on bytes, so that a reason is owed where one does not."""
+
 
 def quantize_in_front_of_concats(gm: GraphModule) -> dict[Node, Grid]:
     """Move quantizers from behind concatenations onto what these join; return the concatenations, with the grids they are on then.
@@ -83,19 +86,33 @@ def _is_over_maps(node: Node) -> bool:
     return isinstance(axes, list | tuple) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]
 
 
-def float_operations(gm: GraphModule, on_bytes: Set[Node]) -> Counter[str]:
-    """Count by name what computes floats in a lowered graph besides layers and products, of which each is skipped by name.
+def float_operations(gm: GraphModule, on_bytes: Set[Node], grids: Mapping[Node, Grid]) -> tuple[Counter[str], dict[Node, str]]:
+    """Find what computes floats in a lowered graph besides layers and products, of which each is skipped by name.
 
     Args:
         gm: the graph; what its output does not need is not counted, and what lowering made has no traced value.
         on_bytes: nodes that lowering copied to work on bytes, with the values that were traced for floats.
+        grids: of the tensors that are bytes.
+
+    Returns:
+        how many there are by name, and with a reason those that could have worked on bytes.
     """
-    modules, found = dict(called(gm)), Counter[str]()
+    modules, found, reasons = dict(called(gm)), Counter[str](), dict[Node, str]()
     for node in behind(gm.graph.output_node()) - on_bytes:
         word, module = kind(node), modules.get(node)
         if isinstance(module, UniformQuantizer | LogQuantizer) or word in _NOT_COUNTED or not is_tensor(node):
             continue
-        if node.meta["val"].is_floating_point():
+        if word in _BYTES_TOO:
+            reasons[node] = _why_float(node, grids)
+        elif node.meta["val"].is_floating_point():
             named = getattr(node.target, "__name__", str(node.target)) if module is None else type(module).__name__
             found[named if word == "other" else word] += 1
-    return found
+    return found, reasons
+
+
+def _why_float(node: Node, grids: Mapping[Node, Grid]) -> str:
+    if kind(node) == "avg_pool":
+        return "its means lie between bytes; those of whole maps are exact in the layer that reads them"
+    floats = [source.name for source in node.all_input_nodes if source not in grids]
+    verb = "adds" if kind(node) == "add" else "joins"
+    return f"{verb} {floats[0]}, which is not quantized" if floats else "its result is read as floats"

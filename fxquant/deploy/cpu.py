@@ -10,6 +10,8 @@ quantize and dequantize patterns silently give).
 from __future__ import annotations
 
 import operator
+import platform
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,9 +27,21 @@ def unavailable() -> str | None:
     """Say why this machine cannot run integer layers, or return None."""
     if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.onednn, name) for name in _OPS):
         return "this build of torch has no oneDNN with int8 operations"
-    if not torch.cpu._is_vnni_supported():
-        return "this processor has no VNNI instructions, without which products of bytes saturate at 16 bits"
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"{platform.machine()} is no x86 processor"
+    if not _products_are_exact():
+        return "without VNNI instructions (or with ONEDNN_MAX_CPU_ISA below them) this processor's sums of products of bytes saturate"
     return None
+
+
+@cache
+def _products_are_exact() -> bool:
+    """Say whether sums of the largest bytes come out; without VNNI pairs of products are added in 16 bits. Asked of oneDNN itself, as flags
+    of the processor say neither what it makes of them nor what it was told."""
+    weight = torch.full((32, 32, 3, 3), 127, dtype=torch.int8)
+    layer = IntegerLayer(weight, torch.ones(32), None, Grid(1.0, 0), shape=(32, 8, 8))
+    codes = torch.full((1, 32, 8, 8), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    return torch.equal(CpuIntegerLayer(layer)(codes), layer.reference(codes))
 
 
 @torch.library.custom_op("fxquant::qconv_add", mutates_args=())

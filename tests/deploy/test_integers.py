@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -115,15 +119,17 @@ OUTPUTS = (None, Grid(0.9, 0), Grid(0.7, 2, 0, 3), Grid(0.7, 2, 2, 3), Grid(1.3,
     channels=st.sampled_from([(3, 5), (8, 8), (16, 40), (33, 7)]),
     size=st.sampled_from([1, 3]),
     stride=st.sampled_from([1, 2]),
-    depthwise=st.booleans(),
-    side=st.integers(3, 12),
+    groups=st.sampled_from([1, 2, 4, None]),
+    dilation=st.sampled_from([1, 2]),
+    side=st.integers(5, 12),
     zero_point=st.integers(0, 255),
     output=st.sampled_from(OUTPUTS),
 )
-def test_convolutions_on_the_cpu(seed, channels, size, stride, depthwise, side, zero_point, output):
-    inputs, outputs = (channels[1], channels[1]) if depthwise else channels
+def test_convolutions_on_the_cpu(seed, channels, size, stride, groups, dilation, side, zero_point, output):
+    """`groups`: None is depthwise."""
+    inputs, outputs = (channels[1], channels[1]) if groups is None else tuple(count * groups for count in channels)
     more = {"input": Grid(0.05, zero_point), "output": output, "stride": (stride, stride), "padding": (size // 2, size // 2)}
-    layer = random_layer(seed, outputs, inputs, size, inputs if depthwise else 1, **more)
+    layer = random_layer(seed, outputs, inputs, size, groups or inputs, dilation=(dilation, dilation), **more)
     codes = random_bytes(seed, 2, inputs, side, side, grid=layer.input)
     compare(layer, codes)
 
@@ -206,7 +212,23 @@ def test_a_copy_computes_the_same():
 
 
 def test_a_machine_that_cannot(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr(cpu, "_products_are_exact", lambda: False)
     assert "VNNI" in str(cpu.unavailable())
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert cpu.unavailable() == "arm64 is no x86 processor"
+    monkeypatch.setattr(cpu, "_OPS", (*cpu._OPS, "qconv_of_tomorrow"))
     assert "oneDNN" in str(cpu.unavailable())
+
+
+@needs_vnni
+@pytest.mark.parametrize(("instructions", "exact"), [("AVX2", False), ("AVX2_VNNI", "avx_vnni")])
+def test_instructions_of_other_processors(instructions, exact):
+    """oneDNN takes those it is told to: AVX2 has no VNNI, and what processors without AVX-512 have of VNNI is enough."""
+    if exact and not torch.cpu.get_capabilities().get(exact):
+        pytest.skip(f"this processor has no {exact}")
+    code = "from fxquant.deploy import cpu; print(cpu.unavailable())"
+    told = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
+    said = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, check=True).stdout
+    assert ("saturate" in said) == (not exact), said
+    if exact:
+        assert said.strip() == "None"
