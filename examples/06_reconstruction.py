@@ -59,6 +59,7 @@ def ablation(standard: fxquant.Recipe) -> dict[str, dict[str, Any]]:
         "weight scales fixed": {"finish_scale_rate": 0.0},
         "activation scales fixed": {"finish_activation_rate": 0.0},
         "biases fixed": {"finish_bias_rate": 0.0},
+        "channels not matched": {"finish_match": False},
         "biases at a fifth of the rate": {"finish_bias_rate": standard.finish_bias_rate / 5},
         "weights at a third of the rate": {"finish_weight_rate": standard.finish_weight_rate / 3},
         "weights at three times the rate": {"finish_weight_rate": standard.finish_weight_rate * 3},

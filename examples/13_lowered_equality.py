@@ -1,4 +1,5 @@
-"""Is the lowered network the simulation? Every test image, every byte of every layer, in eager mode and compiled.
+"""Are lowered and exported networks the simulation? Every test image; every byte of every layer in eager mode, and the logits of the
+compiled network and of onnxruntime.
 
     python examples/13_lowered_equality.py PATH
     python examples/13_lowered_equality.py PATH --networks mobilenet_v2 --settings W8A8 --edges integer --out equality
@@ -6,14 +7,16 @@
 PATH is a folder with a zoo.py as in 02_cifar10_resnet20.py. Networks are quantized with recipe "fast" on training images and lowered for
 the CPU; the simulation in eager mode is what everything is compared with. Where the sums of all layers are integers, nothing may differ.
 Where a layer sums floats (the first one, unless the edges are "integer"), a compiler may sum in another order, and a value on the border
-of two codes then falls to the other side: the table counts such bytes, and the images that they reach. Prints a table in Markdown, and
-writes it to OUT/equality.md.
+of two codes then falls to the other side: the table counts such bytes in eager mode, and the images that they reach where it is compiled.
+onnxruntime sums floats in an order of its own, whatever the edges. Prints a table in Markdown, and writes it to OUT/equality.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,7 +34,10 @@ from fxquant.quantizers import UniformQuantizer
 
 runs = importlib.import_module("06_reconstruction")  # beside this file, so it is found where this one is run as a script
 
-COLUMNS = ("network", "bits", "edges", "images", "bytes that differ, of", "eager: classes, logits", "compiled: classes, logits, images")
+COLUMNS = (
+    *("network", "bits", "edges", "images", "bytes that differ, of", "eager: classes, logits", "compiled: classes, logits, images"),
+    "onnxruntime: classes, logits, images",
+)
 BATCH, CLOSE = 64, 1e-4
 
 
@@ -68,7 +74,8 @@ def compared(data: runs.Data, setting: str, edges: str) -> list[str]:
     alike = fork(simulation)
     quantize_in_front_of_concats(alike)  # as lowering does, so that both have the same quantizers in the same order
     differing, count = 0, 0
-    logits: dict[str, list[Tensor]] = {"simulated": [], "eager": [], "compiled": []}
+    session = in_onnxruntime(simulation, data.images[:16])
+    logits: dict[str, list[Tensor]] = {"simulated": [], "eager": [], "compiled": [], "onnxruntime": []}
     with torch.inference_mode():
         for images in data.images.split(BATCH):
             wanted, theirs = outputs_and_bytes(alike, images)
@@ -78,9 +85,24 @@ def compared(data: runs.Data, setting: str, edges: str) -> list[str]:
             count += sum(one.numel() for one, _ in pairs)
             for name, value in (("simulated", wanted), ("eager", given), ("compiled", compiled(images))):
                 logits[name].append(value)
-    reference, eager, fast = (torch.cat(values) for values in logits.values())
+            logits["onnxruntime"].append(session(images))
+    reference, eager, fast, exported = (torch.cat(values) for values in logits.values())
     cells = [f"{len(reference):,}", f"{differing:,} of {count:,}", "{}, {}".format(*apart(eager, reference)[:2])]
-    return [*cells, "{}, {}, {}".format(*apart(fast, reference))]
+    return [*cells, *("{}, {}, {}".format(*apart(values, reference)) for values in (fast, exported))]
+
+
+def in_onnxruntime(simulation: GraphModule, images: Tensor) -> Callable[[Tensor], Tensor]:
+    """Export the network, checked on `images`, and return it as onnxruntime runs it."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        fxquant.export_onnx(simulation, path, images=images)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (name,) = (value.name for value in session.get_inputs())
+    return lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
 
 
 def apart(logits: Tensor, reference: Tensor) -> tuple[str, str, str]:

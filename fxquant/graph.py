@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from fxquant.errors import ConfigError
 
 KEPT_ATTRIBUTES = ("num_classes", "pretrained_cfg", "default_cfg")
-LARGE = 2**28
+LARGE = 2**26
 """Bytes of parameters from which on memory is worth a look for what can be freed."""
 
 

@@ -60,7 +60,7 @@ def quantize(
         a: bits of activations, 2 to 8, one scale and zero-point a tensor; None leaves activations float.
         cat: True chooses a cluster-based affine transformation of the logits by cross-validation, and none when none helps; ``"paper"``
             takes the published constants (arXiv 2509.26277); False leaves the logits alone.
-        recipe: ``"standard"`` (learns: 4,000 steps), ``"fast"`` (learns nothing), ``"best"``, a published method
+        recipe: ``"standard"`` (learns: 3,200 steps), ``"fast"`` (learns nothing), ``"best"``, a published method
             (``"qdrop"``, ...) or a `Recipe`: every other constant.
         edges: ``"8bit"``: first and last weights and the last layer's input at 8 bits; ``"integer"``: images and what
             convolutions on shortcuts give, too, to run on integers; ``"brecq"``: the first layer's output too; ``"same"``; ``"float"``.

@@ -156,7 +156,7 @@ class Recipe:
     output_kl_penalty: float = 0.1
     """lambda_p, which holds scales and zero-points to where they start."""
 
-    finish_iterations: int = 4000
+    finish_iterations: int = 3200
     finish_batch: int = 64
     finish_weight_rate: float = 0.01
     """Adam's peak rate for weights of two bits, in steps of their grid."""
@@ -192,6 +192,9 @@ class Recipe:
     """Share of the calibration images kept out of the training, to keep the best state by their KL."""
     finish_checks: int = 20
     """How often that is looked at."""
+    finish_match: bool = True
+    """Hold mean and spread of the channels behind which a batch norm was folded to those of the float network, batch by batch, as long as
+    the training lasts; scales and biases take that over in the end (`fxquant.reconstruction.matching`)."""
     finish_averaging: float = 0.0
     """Decay of the moving average of everything learned, which is what stays (0: the last state)."""
 
@@ -247,7 +250,7 @@ class Recipe:
                 where="Recipe.weight_groups",
                 fix="Use 'one', or leave the stage out",
             )
-        for name in ("weight_symmetric", "activation_symmetric", "unit_activations", "compile"):
+        for name in ("weight_symmetric", "activation_symmetric", "unit_activations", "finish_match", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{getattr(self, name)!r} is no truth value", where=f"Recipe.{name}", fix="Use True or False")
         if not isinstance(self.name, str):

@@ -30,7 +30,8 @@ class FinishNetwork(Pass):
         min   T^2 KL(teacher / T || student / T)  +  w mean over unit outputs of |f' - f|^2 / |f|^2
 
     The graph stays as it is. Weights are trained in units of their step behind a straight-through round, so they may cross several
-    levels; what is kept is the state with the least KL on held-out calibration images, the starting one included.
+    levels; what is kept is the state with the least KL on held-out calibration images, the starting one included. Channels that had a batch
+    norm are held to the teacher's mean and spread meanwhile (`fxquant.reconstruction.matching`).
 
     With ``stage="output_kl"`` only the scales of weights and the scales and zero-points of activations move, held to where they start by
     ``lambda_p (|scale / scale0 - 1|^2 + |z - z0|^2)`` (the first stage of CAT's paper; scales are relative so that one lambda_p fits all
@@ -88,6 +89,8 @@ class FinishNetwork(Pass):
         self.changed(len(modules))
         views = training.views
         self.note(f"{iterations} steps of {views.size} views: {views.made}; {len(training.held_out)} images held out")
+        if training.matching:
+            self.note(f"channels of {len(training.matching.matches)} layers held to the float moments while training")
         if outcome.retried:
             left = "" if outcome.step else ", and left as it was: it did not help there either"
             self.note(f"it diverged; trained again at a tenth of the rates{left}")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.files import gib
-from fxquant.graph import check_same_device
+from fxquant.graph import check_same_device, free_unused
 from fxquant.passes.insert_fake_quant import InsertFakeQuant
 from fxquant.pipeline import Pass
 from fxquant.recipe import Recipe
@@ -67,7 +67,8 @@ class ReconstructUnits(Pass):
     def run(self, gm: GraphModule) -> None:
         check_same_device(self.teacher, gm)
         settings, count = self.settings, sum(map(len, self.images))
-        units = self.partition(gm) if settings.iterations else []
+        # Packs are scored on the student as it came, so before it is brought to where an earlier run left it; if that is over, not at all.
+        units = self.partition(gm) if settings.iterations and not self.keeper.is_over(self.stage) else []
         first, total = self.keeper.begin(self.stage, gm, self.log), sum(1 for unit in units if unit.layers)
         if first >= max(total, 1):
             return
@@ -83,6 +84,7 @@ class ReconstructUnits(Pass):
                 if number < first:
                     continue
                 self._learn(gm, walk, visit, logits, lambda done, of, text, at=number: show(at + done / of, total, text))  # type: ignore[misc]
+                free_unused(self.teacher)  # the unit's graphs and learners, which refer to each other
                 if number + 1 == total:
                     self._summarize(units, store)
                 self.keeper.save(self.stage, number + 1, gm, self.log)

@@ -210,9 +210,10 @@ def test_a_lowered_network_is_compared_byte_by_byte(tmp_path: Path) -> None:
     done = run("13_lowered_equality.py", str(tmp_path), *words)
     assert done.returncode == 0, done.stderr
     *_, row = done.stdout.splitlines()
-    name, bits, edges, _, differing, eager, compiled = (cell.strip() for cell in row.strip("|").split("|"))
+    name, bits, edges, _, differing, eager, compiled, exported = (cell.strip() for cell in row.strip("|").split("|"))
     assert (name, bits, edges) == ("cifar10_resnet20", "W4A4", "integer")
     assert re.fullmatch(r"0 of [1-9][\d,]+", differing)
     assert eager.startswith("0, ")
     assert compiled.startswith("0, ") and compiled.endswith(", 0")
+    assert re.fullmatch(r"[\d,]+, \d\.\de-\d\d, [\d,]+", exported)
     assert (tmp_path / "out" / "equality.md").read_text().splitlines()[-1] == row

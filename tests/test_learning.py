@@ -6,7 +6,10 @@ import errno
 import os
 import random
 import re
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -379,6 +382,32 @@ def test_a_kill_at_every_checkpoint_of_one_run(net, images, tmp_path, monkeypatc
     check_same(again, plain, images[0])
 
 
+KILLED = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(int(sys.argv[2]))
+import nets
+from test_learning import LONG, quantize
+quantize(nets.make("chain"), [nets.images(12)], 3, 3, recipe=LONG, checkpoint=sys.argv[3])
+"""
+LONG = ALL.replace(name="long", unit_iterations=60, finish_iterations=60)
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_process_that_is_killed_leaves_a_checkpoint(tmp_path, signal_):
+    words = [str(Path(__file__).parent), str(torch.get_num_threads()), str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, "-c", KILLED, *words], stderr=subprocess.PIPE, text=True)
+    file = tmp_path / "run" / checkpoints.FILE
+    while not file.exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal_)
+    said = process.communicate()[1]
+    assert process.returncode in (-signal_, 1), said
+    assert ("KeyboardInterrupt" in said) == (signal_ == signal.SIGINT), said
+    resumed = quantize(nets.make("chain"), [nets.images(12)], 3, 3, recipe=LONG, resume=tmp_path / "run")
+    check_same(resumed, quantize(nets.make("chain"), [nets.images(12)], 3, 3, recipe=LONG), nets.images(4))
+
+
 OTHERS: dict[str, dict[str, Any]] = {
     "packs": {"unit_granularity": "pack", "pack_length": 2},
     "layers": {"unit_granularity": "layer"},
@@ -388,6 +417,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "epochs": {"unit_sampling": "epochs"},
     "weights first": {"unit_activations": False, "unit_input_drop": 0.0},
     "averaging": {"finish_averaging": 0.9},
+    "matched": {"finish_match": True},
     "disk": {"memory_gib": 0.001},
     "narrow": {"cache_dtype": "bfloat16", "precision": "bfloat16"},
     "symmetric": {"activation_symmetric": True, "weight_symmetric": True},
@@ -395,11 +425,11 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["packs", "prefix", "fisher", "weights first", "averaging", "symmetric"])
+@pytest.mark.parametrize("name", ["packs", "prefix", "fisher", "weights first", "averaging", "matched", "symmetric"])
 def test_other_recipes_resume_as_well(make_net, images, tmp_path, monkeypatch, name):
     net, recipe = make_net(depth=2 if name == "packs" else 1), ALL.replace(name=name, **OTHERS[name])
     plain, states = count_saves(monkeypatch, lambda: quantize(net, images, recipe=recipe, checkpoint=tmp_path / "all"))
-    save = len(states) - 2 if name == "averaging" else states.index(("scales", 1)) + 1
+    save = len(states) - 2 if name in ("averaging", "matched") else states.index(("scales", 1)) + 1
     again = kill_and_resume(monkeypatch, tmp_path / "run", save, net, images, recipe=recipe)
     check_same(again, plain, images[0])
 
@@ -609,7 +639,7 @@ def test_resume_with_images_in_other_batches(net, images, begun, plain):
 
 def test_resume_with_another_version(net, images, begun, monkeypatch):
     monkeypatch.setattr(checkpoints, "_version", lambda: "99.0")
-    with pytest.raises(CheckpointError, match=r"the version differs \(fxquant .* wrote it, this is fxquant 99.0, format 1\)"):
+    with pytest.raises(CheckpointError, match=r"the version differs \(fxquant .* wrote it, this is fxquant 99.0, torch .*, format 1\)"):
         quantize(net, images, resume=begun)
 
 
@@ -774,7 +804,7 @@ def test_a_network_without_logits_gets_closer_too():
     absolute = {"activation_error": "absolute", "activation_p": 2.4}  # sixty steps do not get past what relative errors start with
     ranges = Recipe(stages=("ranges",), **absolute)
     fixed = {"finish_holdout": 0.5, "finish_augment": "none", "finish_blend": 0.0}
-    recipe = ONE["finish"].replace(finish_iterations=60, **absolute, **fixed)
+    recipe = ONE["finish"].replace(finish_iterations=60, finish_weight_rate=0.03, **absolute, **fixed)
     found = [quantize(net, [x], 2, 2, recipe=r)(x) for r in (ranges, recipe)]
     errors = [sum(((a - b).norm() / b.norm()).item() for a, b in zip(_tensors(y), _tensors(net(x)), strict=True)) for y in found]
     assert errors[1] < errors[0]

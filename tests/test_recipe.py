@@ -30,6 +30,7 @@ FINISH = {
     "mix_until": 0.4,
     "checks": 7,
     "averaging": 0.9,
+    "match": False,
 }
 """Values that no default has."""
 
@@ -117,6 +118,7 @@ def test_every_constant_of_the_network_wise_stages_comes_from_the_recipe():
     assert {name: getattr(Recipe(), f"finish_{name}") for name in FINISH}.items().isdisjoint(FINISH.items())
     changed = Recipe(**words, **{f"finish_{name}": value for name, value in FINISH.items()})
     assert finish_settings(changed) == NetworkSettings(kl_weight=9.0, **FINISH, **words)
+    assert finish_settings(Recipe()).match and not output_kl_settings(Recipe()).match
     changed = Recipe(**words, finish_checks=7, output_kl_iterations=11, output_kl_temperature=3.0, output_kl_penalty=0.7)
     wanted = NetworkSettings(iterations=11, temperature=3.0, penalty=0.7, checks=7, **words)
     assert output_kl_settings(changed) == wanted

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -66,7 +67,7 @@ class Identity:
             network=checksum("\n".join(fingerprint(teacher)), dict(state)),
             run=checksum(json.dumps(settings), {}),
             images=pixels.hexdigest(),
-            version=f"fxquant {_version()}, format {FORMAT}",
+            version=f"fxquant {_version()}, torch {torch.__version__}, format {FORMAT}",
             settings=settings,
         )
 

@@ -39,6 +39,11 @@ class Keeper:
         self.tensors, self.state = loaded if loaded else ({}, {})
         self.logs: dict[str, dict[str, Any]] = dict(self.state.get("logs", {}))
 
+    def is_over(self, stage: str) -> bool:
+        """Say whether an earlier run was in a later stage."""
+        reached = self.state.get("stage")
+        return reached is not None and STAGES.index(reached) > STAGES.index(stage)
+
     def begin(self, stage: str, gm: GraphModule, log: PassLog) -> int:
         """Bring `gm` and `log` to where an earlier run left `stage`; return how many of its units or steps are done."""
         reached = self.state.get("stage")
@@ -49,7 +54,7 @@ class Keeper:
             return OVER
         log.count, log.notes, log.skipped = former["count"], list(former["notes"]), [(where, why) for where, why in former["skipped"]]
         restore(gm, _under(_STUDENT, self.tensors))
-        return int(former["done"])
+        return OVER if self.is_over(stage) else int(former["done"])
 
     def training(self, stage: str) -> dict[str, Tensor] | None:
         """Return the inside of `stage` as it was saved, or None when it had not begun or is over."""

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,15 @@ from fxquant.graph import fork
 from fxquant.quantizers.learned import LatentWeight
 from fxquant.reconstruction.learners import Learners, without_gradients
 from fxquant.reconstruction.losses import annealed, cosine, feature_loss, powers_of, prediction_loss
+from fxquant.reconstruction.matching import Matching
 from fxquant.reconstruction.unit import WORSE, Show, can_fuse
 from fxquant.reconstruction.views import Views
 from fxquant.tree import floats_of, is_logits, tensors_of
 
 State = dict[str, Tensor]
+
+CLEAN = 256
+"""Images from whose moments scales and biases are made where channels are matched."""
 
 HARMLESS = 0.1
 """A training whose error on the held-out images grows by no more has not diverged: ``T^2 KL``, or the normalized error of outputs."""
@@ -48,6 +53,7 @@ class NetworkSettings:
     mix_until: float = 0.0
     checks: int = 20
     averaging: float = 0.0
+    match: bool = False
     precision: str = "float32"
     compile: bool = False
 
@@ -63,6 +69,14 @@ class Outcome:
     behind: float
     step: int
     retried: bool = False
+
+
+class Taught(NamedTuple):
+    """What the teacher says of a batch: its output, its features, and the moments of channels that are matched."""
+
+    output: Any
+    features: list[Tensor]
+    moments: Sequence[Tensor] = ()
 
 
 class NetworkTraining:
@@ -93,15 +107,20 @@ class NetworkTraining:
         self.learners, self.views, self.settings, self.device = learners, views, settings, device
         self.student = with_features(learners.graph, places)
         self.teacher = with_features(without_gradients(teacher), places)
-        self.steps: tuple[Callable[..., Any], Callable[..., Any]] = (self.student, self.teacher)
-        if settings.compile:
-            mode = "reduce-overhead" if device.type == "cuda" else "default"
-            self.steps = torch.compile(self.student, mode=mode), torch.compile(self.teacher, mode=mode)
         self.groups = [(list(parameters), rate) for parameters, rate in rates if rate]
         self.parameters = [parameter for parameters, _ in self.groups for parameter in parameters]
         moving = set(map(id, self.parameters))
         for parameter in learners.graph.parameters():  # what has no rate needs no gradient
             parameter.requires_grad_(id(parameter) in moving)
+        matching = Matching(learners, teacher) if settings.match else None
+        self.matching = matching if matching and matching.matches else None
+        self.steps: tuple[Callable[..., Any], Callable[..., Any]] = (self.student, self.teacher)
+        if self.matching:
+            self.steps = self.matched = self.matching.on_student(self.student), self.matching.on_teacher(self.teacher)
+            self.clean = views.some(CLEAN)
+        if settings.compile:
+            mode = "reduce-overhead" if device.type == "cuda" else "default"
+            self.steps = torch.compile(self.steps[0], mode=mode), torch.compile(self.steps[1], mode=mode)
         self.start = [parameter.detach().clone() for parameter in self.parameters]
         self.held_out = held_out.to(device)
         weights = sum(value.numel() * value.element_size() for value in teacher.parameters())
@@ -156,17 +175,16 @@ class NetworkTraining:
             if step % 10 == 0 and not torch.isfinite(loss):
                 return None
             if (step + 1) % every == 0 or step + 1 == settings.iterations:
-                error = self._checked(average)
+                error, reached = self._checked(average)
                 if not error < float("inf"):
                     return None
                 if error < outcome.behind:
-                    outcome.behind, outcome.step = error, step + 1
-                    best = [value.detach().clone() for value in (average or self.parameters)]
+                    outcome.behind, outcome.step, best = error, step + 1, reached
                 if keep:
                     keep(self._state(step + 1, factor, optimizer, best, average, outcome))
             if step % 10 == 9:
                 show(step + 1, settings.iterations, f"loss {loss.item():.4f}, held out {outcome.behind:.4f}")
-        if not outcome.step and not self._checked(average) <= max(WORSE * before, before + HARMLESS):
+        if not outcome.step and not self._checked(average)[0] <= max(WORSE * before, before + HARMLESS):
             return None
         self._reset(best)
         self._mix(0.0)
@@ -176,35 +194,36 @@ class NetworkTraining:
         """Add the gradients of a batch to those of the parameters, and return its loss; where values are large, in parts."""
         parts = images.tensor_split(math.ceil(len(images) / self.at_once))
         taught = [self._taught(part) for part in parts]
-        powers = [torch.stack(of_parts).sum(0) for of_parts in zip(*(powers_of(features) for _, features in taught), strict=True)]
+        powers = [torch.stack(of_parts).sum(0) for of_parts in zip(*(powers_of(of_part.features) for of_part in taught), strict=True)]
         losses = []
-        for part, (theirs, wanted) in zip(parts, taught, strict=True):
-            loss = self._loss(part, theirs, wanted, powers, len(part) / len(images))
+        for part, of_part in zip(parts, taught, strict=True):
+            loss = self._loss(part, of_part, powers, len(part) / len(images))
             loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
     @torch.no_grad()
-    def _taught(self, images: Tensor) -> tuple[Any, list[Tensor]]:
-        """Return what the teacher says, and its features; of a network without logits, its outputs are features too."""
+    def _taught(self, images: Tensor) -> Taught:
+        """Return what the teacher says of images; of a network without logits, its outputs are features too."""
         if self.settings.compile and self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()  # what the teacher gives lives until the next step, not until the student runs
         with self._precision():
-            theirs, wanted = self.steps[1](images)
-        return theirs, [*wanted, *([] if is_logits(theirs) else floats_of(theirs))]
+            found = self.steps[1](images)
+        (theirs, wanted), moments = found if self.matching else (found, ())
+        return Taught(theirs, [*wanted, *([] if is_logits(theirs) else floats_of(theirs))], moments)
 
-    def _loss(self, images: Tensor, theirs: Any, wanted: Sequence[Tensor], powers: Sequence[Tensor], share: float) -> Tensor:
+    def _loss(self, images: Tensor, taught: Taught, powers: Sequence[Tensor], share: float) -> Tensor:
         """Return the part that `images`, a share of a batch, have in what is minimized, in float32; `powers` are those of the batch."""
         settings = self.settings
         with self._precision():
-            mine, features = self.steps[0](images)
+            mine, features = self.steps[0](images, *taught.moments)
         loss = images.new_zeros(())
         logits = is_logits(mine)
         if logits:
-            loss = loss + share * settings.kl_weight * prediction_loss(mine, theirs, settings.temperature)
+            loss = loss + share * settings.kl_weight * prediction_loss(mine, taught.output, settings.temperature)
         features = [*features, *([] if logits else floats_of(mine))]
         if features and (settings.feature_weight or not logits):
-            loss = loss + (settings.feature_weight if logits else 1.0) * feature_loss(features, wanted, powers)
+            loss = loss + (settings.feature_weight if logits else 1.0) * feature_loss(features, taught.features, powers)
         if settings.penalty:
             moved = [(parameter - start).square().sum() for parameter, start in zip(self.parameters, self.start, strict=True)]
             loss = loss + share * settings.penalty * torch.stack(moved).sum()
@@ -229,14 +248,27 @@ class NetworkTraining:
             return torch.cat(parts)
         return [torch.cat(values) for values in zip(*map(tensors_of, parts), strict=True)]
 
-    def _checked(self, average: list[Tensor] | None) -> float:
-        if average is None:
-            return self.held_out_error()
-        now = [parameter.detach().clone() for parameter in self.parameters]
-        self._reset(average)
-        error = self.held_out_error()
-        self._reset(now)
-        return error
+    def _checked(self, average: list[Tensor] | None) -> tuple[float, list[Tensor]]:
+        """Return the error on the held-out images of what would stay if training ended here, and what that is."""
+        now = self._copies()
+        if average is not None:
+            self._reset(average)
+        with self.matching.folded(self._see) if self.matching else nullcontext():
+            found = self.held_out_error(), self._copies()
+        if average is not None:
+            self._reset(now)
+        return found
+
+    @torch.no_grad()
+    def _see(self) -> None:
+        """Call the student on training images as they are, for the moments of its channels."""
+        student, teacher = self.matched
+        for part in self.clean.to(self.device).split(max(2, self.at_once)):
+            _, theirs = teacher(part)
+            student(part, *theirs)
+
+    def _copies(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]
 
     def _mix(self, share: float) -> None:
         for quantizer in self.learners.activations.values():

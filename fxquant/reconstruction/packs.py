@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.execution import BATCH, bytes_per_image
+from fxquant.graph import free_unused
 from fxquant.recipe import Recipe
 from fxquant.reconstruction.guidance import Suffix, suffix_of
 from fxquant.reconstruction.learners import Learners
@@ -104,6 +105,7 @@ def sensitivities(
         if show is not None:
             show(visit.index + 1, len(units), visit.unit.name)
         scores[visit.index] = 2 * (loss - first_order) / square if square else 0.0
+        free_unused(teacher)
     return scores
 
 

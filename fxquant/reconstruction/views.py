@@ -67,6 +67,11 @@ class Views:
             views = blended(views, generator)
         return views
 
+    def some(self, count: int) -> Tensor:
+        """Return up to `count` of the images ``[n, C, H, W]`` as they are, evenly spread over those that are trained on."""
+        places = torch.arange(min(count, len(self.rows))) * len(self.rows) // min(count, len(self.rows))
+        return torch.stack([self.images[int(row)] for row in self.rows[places]])
+
     def generator(self, step: int, stream: int = 0) -> torch.Generator:
         """Return a generator that depends on the seed, `step` and `stream` alone."""
         return torch.Generator().manual_seed((self.seed * 1_000_003 + step * 4 + stream) % 2**63)

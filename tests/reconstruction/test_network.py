@@ -61,8 +61,8 @@ def training_of(
 
 def loss_of(training: NetworkTraining, x: Tensor) -> Tensor:
     """Return what is minimized for a batch, as a whole."""
-    theirs, wanted = training._taught(x)
-    return training._loss(x, theirs, wanted, powers_of(wanted), 1.0)
+    taught = training._taught(x)
+    return training._loss(x, taught, powers_of(taught.features), 1.0)
 
 
 def values(training: NetworkTraining) -> list[Tensor]:
@@ -349,3 +349,24 @@ def test_progress_is_told(nets):
     training_of(nets, replace(PLAIN, iterations=20)).run(lambda done, total, text: told.append((done, total, text)))
     assert [(done, total) for done, total, _ in told] == [(10, 20), (20, 20)]
     assert all("loss" in text and "held out" in text for _, _, text in told)
+
+
+def test_compiled_steps_are_the_steps(nets, monkeypatch):
+    """The share that stays float changes at every step; code is compiled for mixed steps, for plain ones, and for the teacher."""
+    torch._dynamo.reset()
+    graphs: list[GraphModule] = []
+
+    def counting(graph: GraphModule, example: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, mode: compile_(network, backend=counting, fullgraph=True))
+    settings = replace(PLAIN, mix=0.5)
+    eager, compiled = training_of(nets, settings), training_of(nets, replace(settings, compile=True))
+    outcomes = [training.run(quiet) for training in (eager, compiled)]
+    assert len(graphs) == 3
+    assert outcomes[0].step == outcomes[1].step > 0
+    assert outcomes[1].behind == pytest.approx(outcomes[0].behind, rel=1e-3)
+    for mine, theirs in zip(values(compiled), values(eager), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)

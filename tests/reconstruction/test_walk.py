@@ -17,7 +17,7 @@ from fxquant.errors import ConfigError
 from fxquant.execution import BATCH, bytes_per_image
 from fxquant.graph import called, fork, is_tensor
 from fxquant.kinds import kind
-from fxquant.passes import ReconstructUnits
+from fxquant.passes import ReconstructUnits, reconstruct_units
 from fxquant.quantizers.layers import QuantizedLayer
 from fxquant.recipe import Recipe
 from fxquant.reconstruction import walk as module
@@ -375,6 +375,19 @@ def test_what_is_announced_is_what_is_held(name, granularity, dtype):
     for _ in walk:
         pass
     assert peak_need(teacher, units, COUNT, 0.5 if dtype else 1.0) == walk.store.peak
+
+
+@pytest.mark.parametrize("extra", [{"unit_fisher": "diagonal"}, {"unit_correction_iterations": 1}])
+@pytest.mark.parametrize("name", ["residual", "mobile", "dense"])
+def test_what_recipes_store_besides_is_announced(name, extra, monkeypatch):
+    """Exactly, but for correction, which units without batch norms do not get."""
+    teacher, student = fresh(name)
+    stores: list[Store] = []
+    monkeypatch.setattr(reconstruct_units, "cache_of", lambda *given: stores.append(cache_of(*given)) or stores[-1])
+    ReconstructUnits(teacher, uneven(), BRIEFLY.replace(**extra), 0, CPU)(student)
+    announced = peak_need(teacher, cut(teacher), COUNT, 1.0, "unit_fisher" in extra, "unit_correction_iterations" in extra)
+    exact = name != "dense" or "unit_fisher" in extra
+    assert announced == stores[0].peak if exact else announced > stores[0].peak
 
 
 @pytest.mark.parametrize("length", [2, 3])
