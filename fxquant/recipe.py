@@ -193,8 +193,8 @@ class Recipe:
     finish_checks: int = 20
     """How often that is looked at."""
     finish_match: bool = True
-    """Hold mean and spread of the channels behind which a batch norm was folded to those of the float network, batch by batch, as long as
-    the training lasts; scales and biases take that over in the end (`fxquant.reconstruction.matching`)."""
+    """Hold mean and spread of the channels of convolutions into which a batch norm was folded to those of the float network, batch by
+    batch, as long as the training lasts; scales and biases take that over in the end (`fxquant.reconstruction.matching`)."""
     finish_averaging: float = 0.0
     """Decay of the moving average of everything learned, which is what stays (0: the last state)."""
 

@@ -18,6 +18,7 @@ from fxquant.recipe import Recipe
 from fxquant.reconstruction.keeper import Keeper
 from fxquant.reconstruction.learners import Learners, put_modules
 from fxquant.reconstruction.network import NetworkSettings, NetworkTraining
+from fxquant.reconstruction.norms import NORMS
 from fxquant.reconstruction.views import Views
 from fxquant.units import cut
 
@@ -30,8 +31,8 @@ class FinishNetwork(Pass):
         min   T^2 KL(teacher / T || student / T)  +  w mean over unit outputs of |f' - f|^2 / |f|^2
 
     The graph stays as it is. Weights are trained in units of their step behind a straight-through round, so they may cross several
-    levels; what is kept is the state with the least KL on held-out calibration images, the starting one included. Channels that had a batch
-    norm are held to the teacher's mean and spread meanwhile (`fxquant.reconstruction.matching`).
+    levels; what is kept is the state with the least KL on held-out calibration images, the starting one included. Convolutions with a
+    folded batch norm are held to the teacher's mean and spread meanwhile (`fxquant.reconstruction.matching`).
 
     With ``stage="output_kl"`` only the scales of weights and the scales and zero-points of activations move, held to where they start by
     ``lambda_p (|scale / scale0 - 1|^2 + |z - z0|^2)`` (the first stage of CAT's paper; scales are relative so that one lambda_p fits all
@@ -89,6 +90,8 @@ class FinishNetwork(Pass):
         self.changed(len(modules))
         views = training.views
         self.note(f"{iterations} steps of {views.size} views: {views.made}; {len(training.held_out)} images held out")
+        if self.settings.match and self.teacher.meta.get(NORMS) and not training.matching:
+            self.note("channels are not held to the float moments: scales or biases of the layers with batch norms do not move")
         if training.matching:
             self.note(f"channels of {len(training.matching.matches)} layers held to the float moments while training")
         if outcome.retried:

@@ -341,3 +341,36 @@ def test_logarithmic_softmaxes_stay_simulated(calibration, grid):
     assert products
     assert all("multiplies two tensors" in skipped[name] for name in products)
     assert_same(lowered, simulation)
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("name", ["residual", "mobile"])
+def test_on_a_gpu(calibration, name, pack):
+    simulation = fxquant.quantize(make(name), calibration, 4, 4, False, recipe="fast", edges="integer", progress=False)
+    lowered, x = fxquant.lower(simulation, "cuda", pack=pack), small_images(32)
+    compiled = fxquant.compile(lowered)
+    with torch.no_grad():
+        wanted = simulation(x)
+        for network in (lowered, compiled):
+            y = network(x.cuda()).cpu()
+            assert ((y - wanted).abs().amax(1) < 1e-4 * (wanted.max() - wanted.min())).all()
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_two_graphs_of_a_simulation_on_a_gpu(calibration):
+    simulation = fxquant.quantize(make("residual"), calibration, 4, 4, False, recipe="fast", progress=False).cuda()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(simulation, fullgraph=True)
+    with torch.no_grad():
+        for count in (1, 2, 15, 16, 64):
+            x = small_images(count).cuda()
+            close = torch.isclose(compiled(x), simulation(x), rtol=1e-3, atol=1e-3).all(1)
+            assert close.float().mean() > 0.9
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2

@@ -19,9 +19,6 @@ from fxquant.quantizers import LogQuantizer, UniformQuantizer
 _NOT_COUNTED = QUANTIZED | {"view", "getitem", "input", "constant", "output"}
 """Kinds that are skipped by name where they stay floats, and those that compute nothing."""
 
-_BYTES_TOO = {"add", "concat", "avg_pool"}
-"""Kinds of which some work on bytes, so that a reason is owed where one does not."""
-
 
 def quantize_in_front_of_concats(gm: GraphModule) -> dict[Node, Grid]:
     """Move quantizers from behind concatenations onto what these join; return the concatenations, with the grids they are on then.
@@ -98,21 +95,30 @@ def float_operations(gm: GraphModule, on_bytes: Set[Node], grids: Mapping[Node, 
         how many there are by name, and with a reason those that could have worked on bytes.
     """
     modules, found, reasons = dict(called(gm)), Counter[str](), dict[Node, str]()
-    for node in behind(gm.graph.output_node()) - on_bytes:
+    needed = behind(gm.graph.output_node()) - on_bytes
+    for node in gm.graph.nodes:
+        if node not in needed:
+            continue
         word, module = kind(node), modules.get(node)
         if isinstance(module, UniformQuantizer | LogQuantizer) or word in _NOT_COUNTED or not is_tensor(node):
             continue
-        if word in _BYTES_TOO:
-            reasons[node] = _why_float(node, grids)
-        elif node.meta["val"].is_floating_point():
+        if not node.meta["val"].is_floating_point():
+            continue
+        reason = _why_float(node, grids)
+        if reason is not None:
+            reasons[node] = reason
+        else:
             named = getattr(node.target, "__name__", str(node.target)) if module is None else type(module).__name__
             found[named if word == "other" else word] += 1
     return found, reasons
 
 
-def _why_float(node: Node, grids: Mapping[Node, Grid]) -> str:
-    if kind(node) == "avg_pool":
+def _why_float(node: Node, grids: Mapping[Node, Grid]) -> str | None:
+    """Return why an operation of which some work on bytes does not, or None for any other."""
+    if kind(node) == "avg_pool" and not is_global_pool(node):
         return "its means lie between bytes; those of whole maps are exact in the layer that reads them"
+    if kind(node) not in ("add", "concat") or (kind(node) == "add" and len(node.all_input_nodes) < 2):
+        return None
     floats = [source.name for source in node.all_input_nodes if source not in grids]
     verb = "adds" if kind(node) == "add" else "joins"
-    return f"{verb} {floats[0]}, which is not quantized" if floats else "its result is read as floats"
+    return f"{verb} {floats[0]}, which is not quantized" if floats else "no layer in front of it gives its result in integers"

@@ -38,9 +38,9 @@ def unavailable() -> str | None:
 def _products_are_exact() -> bool:
     """Say whether sums of the largest bytes come out; without VNNI pairs of products are added in 16 bits. Asked of oneDNN itself, as flags
     of the processor say neither what it makes of them nor what it was told."""
-    weight = torch.full((32, 32, 3, 3), 127, dtype=torch.int8)
-    layer = IntegerLayer(weight, torch.ones(32), None, Grid(1.0, 0), shape=(32, 8, 8))
-    codes = torch.full((1, 32, 8, 8), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    weight = torch.full((32, 32, 3, 3), 127, dtype=torch.int8, device="cpu")
+    layer = IntegerLayer(weight, torch.ones(32, device="cpu"), None, Grid(1.0, 0), shape=(32, 8, 8))
+    codes = torch.full((1, 32, 8, 8), 255, dtype=torch.uint8, device="cpu").contiguous(memory_format=torch.channels_last)
     return torch.equal(CpuIntegerLayer(layer)(codes), layer.reference(codes))
 
 
@@ -131,7 +131,7 @@ class CpuIntegerLayer(nn.Module):
             packed = torch.ops.onednn.qconv_prepack(*given, *self.geometry, shape)
         self.register_buffer("packed", packed)
         self.register_buffer("scale", layer.scale)
-        self.register_buffer("zeros", torch.zeros(len(layer.weight), dtype=torch.int32))
+        self.register_buffer("zeros", torch.zeros(len(layer.weight), dtype=torch.int32, device="cpu"))
         self.register_buffer("bias", layer.bias)
 
     def forward(self, codes: Tensor, residual: Tensor | None = None) -> Tensor:

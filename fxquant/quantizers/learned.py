@@ -250,17 +250,17 @@ class LearnedQuantizer(_Learned):
 
     Attributes:
         drop: probability with which an element stays float (QDrop); 0: all are quantized.
-        mix: share of the float value in every element (annealed from 0.5 to 0, NWQ); 0: quantized.
+        mix, is_mixed: share of the float value in every element (annealed from 0.5 to 0, NWQ), and whether there is one.
         masks: where the random choice comes from; needed while `drop` is not 0.
     """
 
-    share: Tensor
+    _share: Tensor
 
     def __init__(self, quantizer: UniformQuantizer, relative: bool = False, learned_zero_point: bool = False, learned_scale: bool = True):
         super().__init__(quantizer, relative, learned_scale)
         self.drop = 0.0
-        self.register_buffer("share", torch.zeros((), device=quantizer.scale.device), persistent=False)
-        self.mix = 0.0
+        self.register_buffer("_share", torch.zeros((), device=quantizer.scale.device), persistent=False)
+        self._mix, self.is_mixed = 0.0, False
         self.masks: Masks | None = None
         if learned_zero_point and not quantizer.spec.symmetric:
             start = self.zero_point
@@ -273,8 +273,9 @@ class LearnedQuantizer(_Learned):
 
     @mix.setter
     def mix(self, share: float) -> None:
-        self._mix, self.is_mixed = share, share > 0
-        self.share.fill_(share)  # compiled code reads this one: for another number it would be compiled anew
+        if share != self._mix:
+            self._mix, self.is_mixed = share, share > 0
+            self._share.fill_(share)  # compiled code reads this one: for another number it would be compiled anew
 
     def forward(self, x: Tensor) -> Tensor:
         """Return Q(x), or a mixture of it and x."""
@@ -287,7 +288,7 @@ class LearnedQuantizer(_Learned):
             grid = self._along(self.scale(), x), self._along(zero_point, x)
             quantized = learned_step(x, *grid, self.spec.qmin, self.spec.qmax)
             quantized = quantized if keep is None else torch.lerp(x, quantized, keep)
-            return torch.lerp(quantized, x, self.share.to(x.dtype)) if self.is_mixed else quantized
+            return torch.lerp(quantized, x, self._share.to(x.dtype)) if self.is_mixed else quantized
         quantized = FakeQuantize.apply(x, self.scale(), zero_point, self.spec.qmin, self.spec.qmax, keep)
         assert isinstance(quantized, Tensor)
         return torch.lerp(quantized, x, self.mix) if self.mix else quantized

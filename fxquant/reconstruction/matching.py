@@ -3,27 +3,27 @@
     teacher:   conv -+-> ...                             student:   conv -> [ (y - m) / d * g d' + m' + b ] -> ...
                      '-> m', d' of each channel ----------------------------------------^
 
-m and d are mean and deviation of a channel of y over the batch, m' and d' the teacher's over the same images, g and b what the channel
-learns. A code of two bits that flips changes the mean and the spread of its channel, and all layers behind would have to follow; so a flip
-changes what the channel says, and not how loud. Networks are trained with batch norms for that reason, and folding took them away.
+m and d are mean and deviation of a channel of y over the batch (or the part of it that runs at once), m' and d' the teacher's, g and b
+what the channel learns. A code of two bits that flips changes the mean and the spread of its channel, and all layers behind would have to
+follow; so a flip changes what the channel says, and not how loud. Networks are trained with batch norms for that reason, and folding took
+them away.
 
 At inference m, d, m' and d' are those of the calibration images, so that all of it is a scale and a bias of the layer:
 
     scale <- scale g d' / d            bias <- (bias - m) g d' / d + m' + b
 
 which also is why nothing new is learned: of a layer in front of a norm scale and bias do not matter, and the ratio of its scale to where
-it started stands for g, the change of its bias for b. Only layers that had a batch norm are matched.
+it started stands for g, the change of its bias for b. Only convolutions that had a batch norm are matched: their channels have a value at
+every place of a map, so that the moments of a batch say something.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from operator import getitem
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -33,7 +33,7 @@ from fxquant.reconstruction.learners import Learners
 from fxquant.reconstruction.norms import NORMS
 
 EPSILON = 1e-5
-"""Added to variances, as batch norms do."""
+"""Added to variances, as batch norms do: channels with deviations far below its root are hardly matched, and hardly matter."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -62,7 +62,7 @@ class Match(nn.Module):
         bias: the layer's ``[C]``, learned.
 
     Attributes:
-        watch: keep the moments of what comes in.
+        seen: where the moments of what comes in are kept, with the teacher's; None: they are not.
     """
 
     start: Tensor
@@ -71,27 +71,36 @@ class Match(nn.Module):
         super().__init__()
         self.scale, self.bias = weight.scale, bias
         self.register_buffer("start", bias.detach().clone())
-        self.watch = False
-        self.seen: list[tuple[Tensor, ...]] = []
+        self.seen: list[tuple[Tensor, ...]] | None = None
 
     def gain(self) -> Tensor:
         """Return g ``[C]``."""
         return self.scale() / self.scale.start
 
     def forward(self, y: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-        """Return y with the moments ``[C]`` of the teacher."""
-        if self.watch:
+        """Return y with the moments ``[C]`` of the teacher; of a single value a channel, their mean and what is learned."""
+        if self.seen is not None:
             self.seen.append((*moments(y.detach()), mean, deviation))
-        return F.batch_norm(y, None, None, deviation * self.gain(), mean + self.bias - self.start, True, 0.0, EPSILON)
+        weight, bias = deviation * self.gain(), mean + self.bias - self.start
+        return torch.native_batch_norm(y, weight, bias, None, None, True, 0.0, EPSILON)[0]
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Let scale and bias of the layer do what this does, on average over what was seen."""
-        mean, deviation, their_mean, their_deviation = (torch.stack(values).mean(0) for values in zip(*self.seen, strict=True))
+        """Let scale and bias of the layer do what this does for all that was seen, in parts of one size."""
+        assert self.seen is not None
+        mean, deviation, their_mean, their_deviation = (torch.stack(values) for values in zip(*self.seen, strict=True))
+        (mean, deviation), (their_mean, their_deviation) = _pooled(mean, deviation), _pooled(their_mean, their_deviation)
         factor = self.gain() * their_deviation / deviation
         shift = their_mean + self.bias - self.start - factor * mean
-        self.scale.value.mul_(factor)
+        self.scale.value.copy_(self.gain() * factor)
         self.bias.mul_(factor).add_(shift)
+        self.seen = None
+
+
+def _pooled(means: Tensor, deviations: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of all parts together, from those of the parts ``[parts, C]``."""
+    mean = means.mean(0)
+    return mean, ((deviations.square() + means.square()).mean(0) - mean.square()).clamp_min(EPSILON).sqrt()
 
 
 class Matching:
@@ -148,25 +157,13 @@ class Matching:
         new.recompile()
         return new
 
-    @contextmanager
-    def folded(self, run: Callable[[], None]) -> Iterator[None]:
-        """Let layers do inside the block what they do at inference: `run` calls the student on images that say with which moments."""
-        kept = [(value, value.detach().clone()) for match in self.matches.values() for value in (match.scale.value, match.bias)]
+    def fold(self, run: Callable[[], None]) -> None:
+        """Let scales and biases of the student do what matching does; `run` calls it on the images whose moments count."""
         for match in self.matches.values():
             match.seen = []
-        self._watch(True)
         run()
-        self._watch(False)
         for match in self.matches.values():
             match.fold()
-        yield
-        with torch.no_grad():
-            for parameter, value in kept:
-                parameter.copy_(value)
-
-    def _watch(self, on: bool) -> None:
-        for match in self.matches.values():
-            match.watch = on
 
 
 def _calls(gm: GraphModule) -> dict[str, Node]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.execution import images_at_once
+from fxquant.execution import bytes_per_image, images_at_once
 from fxquant.graph import fork
 from fxquant.quantizers.learned import LatentWeight
 from fxquant.reconstruction.learners import Learners, without_gradients
@@ -32,8 +31,10 @@ from fxquant.tree import floats_of, is_logits, tensors_of
 
 State = dict[str, Tensor]
 
-CLEAN = 256
+MOMENT_IMAGES = 256
 """Images from whose moments scales and biases are made where channels are matched."""
+LEAST, LEAST_BYTES = 8, 2**31
+"""Images that run at once at least where channels are matched, so that their moments say something; fewer if their values take more."""
 
 HARMLESS = 0.1
 """A training whose error on the held-out images grows by no more has not diverged: ``T^2 KL``, or the normalized error of outputs."""
@@ -116,15 +117,18 @@ class NetworkTraining:
         self.matching = matching if matching and matching.matches else None
         self.steps: tuple[Callable[..., Any], Callable[..., Any]] = (self.student, self.teacher)
         if self.matching:
-            self.steps = self.matched = self.matching.on_student(self.student), self.matching.on_teacher(self.teacher)
-            self.clean = views.some(CLEAN)
+            self.matched_student, self.matched_teacher = self.matching.on_student(self.student), self.matching.on_teacher(self.teacher)
+            self.steps = self.matched_student, self.matched_teacher
         if settings.compile:
             mode = "reduce-overhead" if device.type == "cuda" else "default"
             self.steps = torch.compile(self.steps[0], mode=mode), torch.compile(self.steps[1], mode=mode)
-        self.start = [parameter.detach().clone() for parameter in self.parameters]
+        self.start = self._copies()
         self.held_out = held_out.to(device)
         weights = sum(value.numel() * value.element_size() for value in teacher.parameters())
         self.at_once = images_at_once(teacher.graph.nodes, device, max(128, views.size), weights)
+        if self.matching:
+            image = sum(map(bytes_per_image, teacher.graph.nodes))
+            self.at_once = max(self.at_once, min(LEAST, int(LEAST_BYTES / max(1, image))))
         with torch.no_grad():
             self.wanted = self._outputs(self.teacher, self.held_out)
         self.latents = [learner for learner in learners.weights.values() if isinstance(learner, LatentWeight)]
@@ -175,7 +179,8 @@ class NetworkTraining:
             if step % 10 == 0 and not torch.isfinite(loss):
                 return None
             if (step + 1) % every == 0 or step + 1 == settings.iterations:
-                error, reached = self._checked(average)
+                few = min(MOMENT_IMAGES, max(32, every * self.views.size // 8))  # a check costs less than the steps up to it
+                error, reached = self._checked(average, MOMENT_IMAGES if step + 1 == settings.iterations else few)
                 if not error < float("inf"):
                     return None
                 if error < outcome.behind:
@@ -248,24 +253,26 @@ class NetworkTraining:
             return torch.cat(parts)
         return [torch.cat(values) for values in zip(*map(tensors_of, parts), strict=True)]
 
-    def _checked(self, average: list[Tensor] | None) -> tuple[float, list[Tensor]]:
-        """Return the error on the held-out images of what would stay if training ended here, and what that is."""
+    def _checked(self, average: list[Tensor] | None, count: int = MOMENT_IMAGES) -> tuple[float, list[Tensor]]:
+        """Return the error on the held-out images of what would stay if training ended here, with moments of `count` images, and what that
+        is."""
         now = self._copies()
         if average is not None:
             self._reset(average)
-        with self.matching.folded(self._see) if self.matching else nullcontext():
-            found = self.held_out_error(), self._copies()
-        if average is not None:
-            self._reset(now)
+        if self.matching:
+            self._mix(0.0)
+            self.matching.fold(lambda: self._run_for_moments(count))
+        found = self.held_out_error(), self._copies()
+        self._reset(now)
         return found
 
     @torch.no_grad()
-    def _see(self) -> None:
-        """Call the student on training images as they are, for the moments of its channels."""
-        student, teacher = self.matched
-        for part in self.clean.to(self.device).split(max(2, self.at_once)):
-            _, theirs = teacher(part)
-            student(part, *theirs)
+    def _run_for_moments(self, count: int = MOMENT_IMAGES) -> None:
+        """Call the matched student on up to `count` training images as they are."""
+        images = self.views.unchanged(count)
+        for part in images.tensor_split(math.ceil(len(images) / self.at_once)):
+            part = part.to(self.device)
+            self.matched_student(part, *self.matched_teacher(part)[1])
 
     def _copies(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters]

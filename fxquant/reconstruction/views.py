@@ -67,8 +67,8 @@ class Views:
             views = blended(views, generator)
         return views
 
-    def some(self, count: int) -> Tensor:
-        """Return up to `count` of the images ``[n, C, H, W]`` as they are, evenly spread over those that are trained on."""
+    def unchanged(self, count: int) -> Tensor:
+        """Return up to `count` of the images ``[n, C, H, W]`` that are trained on as they are, evenly spread."""
         places = torch.arange(min(count, len(self.rows))) * len(self.rows) // min(count, len(self.rows))
         return torch.stack([self.images[int(row)] for row in self.rows[places]])
 

@@ -221,6 +221,7 @@ def test_a_machine_that_cannot(monkeypatch):
 
 
 @needs_vnni
+@pytest.mark.slow
 @pytest.mark.parametrize(("instructions", "exact"), [("AVX2", False), ("AVX2_VNNI", "avx_vnni")])
 def test_instructions_of_other_processors(instructions, exact):
     """oneDNN takes those it is told to: AVX2 has no VNNI, and what processors without AVX-512 have of VNNI is enough."""

@@ -185,7 +185,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "scales alone": {"stage": "scales"},
     "by the output": {"stage": "output_kl"},
     "mixed, averaged, bfloat16": {"stage": "finish", "finish_mix": 0.5, "finish_averaging": 0.9, "precision": "bfloat16"},
-    "matched channels, averaged": {"stage": "finish", "finish_match": True, "finish_averaging": 0.9, "precision": "bfloat16"},
+    "channels not matched": {"stage": "finish", "finish_match": False},
     "without feature matching": {"stage": "finish", "finish_feature_weight": 0.0, "finish_blend": 1.0, "finish_bias_rate": 0.0},
 }
 

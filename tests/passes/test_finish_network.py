@@ -50,6 +50,13 @@ def test_the_graph_stays_and_the_values_move(nets, untouched):
     assert any(moved)
 
 
+def test_it_says_whether_channels_are_held(nets):
+    held, free = "held to the float moments while training", "not held to the float moments: scales or biases"
+    for changes, expected in (({}, held), ({"finish_scale_rate": 0.0}, free), ({"finish_match": False}, None)):
+        notes = [note for note in finished(nets, **changes)[1].notes if "moments" in note]
+        assert len(notes) == (expected is not None) and all(expected in note for note in notes)
+
+
 def test_output_kl_moves_zero_points_and_scales_and_no_integer(nets):
     new, _ = finished(nets, "output_kl", output_kl_iterations=20, output_kl_zero_point_rate=1.0, output_kl_rate=1e-2, output_kl_penalty=0.0)
     pairs = [(a, b) for (_, a), (_, b) in zip(called(new), called(nets[1]), strict=True)]

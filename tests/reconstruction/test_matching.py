@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nets import images
-from test_learners import CPU, pair, spread
+from nets import Net, images
+from test_learners import pair, spread
 from test_network import PLAIN, quiet, training_of, values
 from torch import nn
 from torch.fx import GraphModule
@@ -48,7 +48,7 @@ def test_layers_with_a_norm_are_matched(nets):
     assert training.matching is not None
     convolutions = {str(node.target) for node, module in called(nets[1]) if isinstance(module, nn.Conv2d)}
     assert set(training.matching.matches) == set(nets[0].meta[NORMS]) & convolutions
-    student, teacher = training.matched
+    student, teacher = training.matched_student, training.matched_teacher
     assert sum(isinstance(module, Match) for module in student.modules()) == len(training.matching.matches) >= 3
     assert len(student.graph.find_nodes(op="placeholder")) == 1 + 2 * len(training.matching.matches)
     assert len(teacher(images(2))[1]) == 2 * len(training.matching.matches)
@@ -83,11 +83,11 @@ def test_a_student_that_is_its_teacher_stays_as_it_is(nets):
 def test_the_moments_behind_a_layer_are_the_teachers(nets):
     training, x = training_of(nets, MATCHED), images(9)
     with torch.no_grad():
-        _, theirs = training.matched[1](x)
+        _, theirs = training.matched_teacher(x)
         seen = {}
         for path, match in training.matching.matches.items():
             match.register_forward_hook(lambda module, given, output, path=path: seen.update({path: moments(output)}))
-        training.matched[0](x, *theirs)
+        training.matched_student(x, *theirs)
     for (mean, deviation), wanted in zip(seen.values(), zip(theirs[::2], theirs[1::2], strict=True), strict=True):
         torch.testing.assert_close(mean, wanted[0], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(deviation, wanted[1], rtol=1e-3, atol=1e-3)
@@ -96,14 +96,56 @@ def test_the_moments_behind_a_layer_are_the_teachers(nets):
 def test_folded_it_computes_the_same(nets):
     """On the batch that was seen, to which the moments belong, and with what the channels have learned."""
     training = disturbed(training_of(nets, MATCHED))
-    before = values(training)
+    x = training.views.unchanged(256)
     with torch.no_grad():
-        _, theirs = training.matched[1](training.clean)
-        matched = training.matched[0](training.clean, *theirs)[0]
-        assert not torch.allclose(training.student(training.clean)[0], matched, atol=0.1)
-        with training.matching.folded(training._see):
-            torch.testing.assert_close(training.student(training.clean)[0], matched, rtol=1e-3, atol=1e-3)
-    assert all(map(torch.equal, values(training), before)), "only inside the block"
+        matched = training.matched_student(x, *training.matched_teacher(x)[1])[0]
+        assert not torch.allclose(training.student(x)[0], matched, atol=0.1)
+        training.matching.fold(training._run_for_moments)
+        torch.testing.assert_close(training.student(x)[0], matched, rtol=1e-3, atol=1e-3)
+
+
+def test_parts_are_folded_as_one(nets):
+    """Of a first layer, whose inputs do not depend on what else is matched."""
+    folded = []
+    for at_once in (16, 4):
+        training = training_of(nets, MATCHED)
+        training.at_once = at_once
+        training.matching.fold(training._run_for_moments)
+        match = training.matching.matches["stem.0"]
+        folded.append((match.scale.value.detach(), match.bias.detach()))
+    for one, other in zip(*folded, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_measured_does_not_depend_on_the_share_that_was_float(nets):
+    training = disturbed(training_of(nets, replace(MATCHED, mix=0.5)))
+    before = values(training)
+    errors = []
+    for share in (0.0, 0.4):
+        training._mix(share)
+        errors.append(training._checked(None)[0])
+    assert errors[0] == errors[1]
+    assert all(map(torch.equal, values(training), before)), "it was but looked at"
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_channels_of_a_single_value(at_once):
+    """Behind a global pool a part of one image has one value a channel, whose spread says nothing: the mean is what is left."""
+
+    def body(s, x):
+        return s.fc(s.b(s.a(x).relu().mean((2, 3), keepdim=True)).relu().flatten(1))
+
+    net = Net(
+        body,
+        a=nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)),
+        b=nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)),
+        fc=nn.Linear(8, 5),
+    )
+    training = training_of(pair(net.eval(), 3, 3), MATCHED)
+    assert len(training.matching.matches) == 2
+    training.at_once = at_once
+    assert training.run(quiet).behind < float("inf")
+    assert all(value.isfinite().all() for value in values(training))
 
 
 def test_gradients_of_what_a_channel_learns(nets):
@@ -133,11 +175,9 @@ def test_what_is_kept_is_folded(nets):
         torch.testing.assert_close(stays(images(6)), training.student(images(6))[0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("match", [False, True])
-def test_images_for_the_moments_are_not_held_out(nets, match):
-    training = training_of(nets, replace(PLAIN, match=match))
-    assert hasattr(training, "clean") == match
-    if match:
-        held = {tuple(image.flatten()[:5].tolist()) for image in training.held_out}
-        assert not held & {tuple(image.flatten()[:5].tolist()) for image in training.clean}
-        assert training.clean.device == CPU
+def test_images_for_the_moments_are_not_held_out(nets):
+    training = training_of(nets, MATCHED)
+    held = {tuple(image.flatten()[:5].tolist()) for image in training.held_out}
+    seen = {tuple(image.flatten()[:5].tolist()) for image in training.views.unchanged(256)}
+    assert len(seen) == 16 and not held & seen
+    assert len(training.views.unchanged(3)) == 3

@@ -351,7 +351,8 @@ def test_progress_is_told(nets):
     assert all("loss" in text and "held out" in text for _, _, text in told)
 
 
-def test_compiled_steps_are_the_steps(nets, monkeypatch):
+@pytest.mark.parametrize("match", [False, True])
+def test_compiled_steps_are_the_steps(nets, monkeypatch, match):
     """The share that stays float changes at every step; code is compiled for mixed steps, for plain ones, and for the teacher."""
     torch._dynamo.reset()
     graphs: list[GraphModule] = []
@@ -362,7 +363,7 @@ def test_compiled_steps_are_the_steps(nets, monkeypatch):
 
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network, mode: compile_(network, backend=counting, fullgraph=True))
-    settings = replace(PLAIN, mix=0.5)
+    settings = replace(PLAIN, mix=0.5, match=match)
     eager, compiled = training_of(nets, settings), training_of(nets, replace(settings, compile=True))
     outcomes = [training.run(quiet) for training in (eager, compiled)]
     assert len(graphs) == 3
