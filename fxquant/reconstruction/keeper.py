@@ -45,7 +45,8 @@ class Keeper:
         return reached is not None and STAGES.index(reached) > STAGES.index(stage)
 
     def begin(self, stage: str, gm: GraphModule, log: PassLog) -> int:
-        """Bring `gm` and `log` to where an earlier run left `stage`; return how many of its units or steps are done."""
+        """Bring `gm` and `log` to where an earlier run left `stage`; return how many of its units or steps are done, `OVER` for
+        an earlier stage than the one it was in."""
         reached = self.state.get("stage")
         if reached is None or STAGES.index(reached) < STAGES.index(stage):
             return 0

@@ -18,7 +18,7 @@ from fxquant.pipeline import PassLog
 from fxquant.quantizers import UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
 from fxquant.reconstruction.checkpoint import Checkpoints, Identity
-from fxquant.reconstruction.keeper import Keeper, restore, state_of
+from fxquant.reconstruction.keeper import OVER, Keeper, restore, state_of
 from fxquant.reconstruction.learners import put_modules
 
 IDENTITY = Identity("n", "r", "i", "v")
@@ -181,7 +181,8 @@ def test_an_earlier_stage_is_over_with_its_own_log(tmp_path):
     first.save("units", 3, learned(student, 1), log(3, ["units"]))
     first.save("finish", 5, learned(student, 2), log(7, ["finish"]), {"now.0": torch.ones(2)})
     resumed, found = keeper(tmp_path / "run", True), log()
-    assert resumed.begin("units", fork(student), found) == 3
+    assert resumed.is_over("units") and not resumed.is_over("finish")
+    assert resumed.begin("units", fork(student), found) == OVER
     assert (found.count, found.notes) == (3, ["units"])
     assert resumed.training("units") is None
     training = resumed.training("finish")
