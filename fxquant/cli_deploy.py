@@ -175,9 +175,11 @@ def _random(options: argparse.Namespace) -> tuple[Network, nn.Module]:
         network = build(options.model, options.library, options.num_classes)
     shape = preprocessing(network)(Image.new("RGB", (64, 64))).shape
     images = torch.randn(4, *shape, generator=torch.Generator().manual_seed(options.seed))
-    w, a, edges = (2 if options.w is None else options.w), (2 if options.a is None else options.a), options.edges or "8bit"
+    w, a = (2 if value is None else value for value in (options.w, options.a))
     recipe = Recipe.FAST.replace(stages=("ranges",), weight_range="minmax", activation_range="minmax")
-    return network, fxquant.quantize(network.model, [images], w, a, False, edges=edges, recipe=recipe, seed=options.seed, progress=False)
+    return network, fxquant.quantize(
+        network.model, [images], w, a, False, edges=options.edges or "8bit", recipe=recipe, seed=options.seed, progress=False
+    )
 
 
 def _lowered(qmodel: nn.Module) -> tuple[nn.Module, str]:

@@ -196,7 +196,8 @@ class NetworkTraining:
         return outcome
 
     def backward(self, images: Tensor) -> Tensor:
-        """Add the gradients of a batch to those of the parameters, and return its loss; where values are large, in parts."""
+        """Add the gradients of a batch to those of the parameters, and return its loss; where values are large, in parts, and then channels
+        are matched part by part."""
         parts = images.tensor_split(math.ceil(len(images) / self.at_once))
         taught = [self._taught(part) for part in parts]
         powers = [torch.stack(of_parts).sum(0) for of_parts in zip(*(powers_of(of_part.features) for of_part in taught), strict=True)]
