@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from fxquant.deploy import cpu, cuda
+from fxquant.deploy import cpu, cuda, vnni
 from fxquant.deploy.bytes import cast_images
 from fxquant.errors import ConfigError, FxquantWarning, ModelError, one_of
 from fxquant.graph import deep_copy, device_of
@@ -37,7 +37,9 @@ def lower(qmodel: nn.Module, backend: str = "cpu", *, pack: bool = False) -> Gra
 
     Args:
         qmodel: what `fxquant.quantize` or `fxquant.load` returned, in float32.
-        backend: ``"cpu"``: x86 with VNNI, through oneDNN. ``"cuda"``: int8 tensor cores. The result is on that device.
+        backend: ``"cpu"``: x86 with VNNI, through oneDNN, and for one image through fxquant's own kernels where there is AVX-512 (they are
+            compiled at the first call on a machine; layers keep their weights for both). ``"cuda"``: int8 tensor cores. The result is on
+            that device.
         pack: keep weights of up to 2 and 4 bits in as many, and unpack them in the kernel (``"cuda"`` alone): less memory to read.
 
     Raises:
@@ -74,6 +76,8 @@ def lower(qmodel: nn.Module, backend: str = "cpu", *, pack: bool = False) -> Gra
         reasons = "; ".join(f"{where}: {why}" for where, why in lowering.log.skipped[:3])
         fix = 'Quantize weights and activations, images too: w=8, a=8, edges="integer"'
         raise ModelError(f"has nothing to lower ({reasons})", where=type(gm).__name__, fix=fix)
+    if backend == "cpu" and (slower := vnni.unavailable()) is not None:
+        lowering.note(f"single images run on oneDNN, as batches do: {slower}")
     record.passes.append(lowering.log)
     record.lowered = backend
     record.attach(lowered)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
-from fxquant.deploy.cpu import add_in_place
+from fxquant.deploy import vnni
+from fxquant.deploy.onednn import add_in_place
 from fxquant.graph import fork
 
 
@@ -36,19 +38,24 @@ class CompiledNetwork(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
-        options: dict[str, Any] = {}
+        first = next(chain(network.parameters(), network.buffers()), None)
+        options: dict[str, Any] = {
+            "cpp_wrapper": first is None or first.device.type == "cpu",
+            "post_grad_custom_post_pass": _AddInPlace(),
+            "aot_inductor.custom_ops_to_c_shims": {torch.ops.fxquant.vnni_layer.default: [vnni.SHIM]},
+        }
         if isinstance(network, GraphModule):
             # Before each call torch would look at every attribute of every module, to tell apart networks that share their code; a fork has
             # code that nothing else was compiled with.
-            network, options = fork(network), {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        self._run = torch.compile(network, fullgraph=True, options=options or None)
+            network = fork(network)
+            options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        self._run = torch.compile(network, fullgraph=True, options=options)
 
     def forward(self, images: Tensor) -> Any:
         """Return what the network gives for ``images [N, C, H, W]``."""
         if images.shape[0] > 1:
             torch._dynamo.maybe_mark_dynamic(images, 0)
-        options = {"freezing": True, "cpp_wrapper": images.device.type == "cpu", "post_grad_custom_post_pass": _AddInPlace()}
-        with torch.no_grad(), inductor.patch(options):
+        with torch.no_grad(), inductor.patch(freezing=True):  # not among the options, as tracing asks for it, too
             return self._run(images)
 
 

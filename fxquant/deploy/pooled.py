@@ -39,6 +39,6 @@ class PooledIntegerLayer(nn.Module):
         count = codes.shape[2] * codes.shape[3]
         sums = codes.sum((2, 3), dtype=torch.int32)
         shifts = (8, 0) if count <= 257 else (16, 8, 0) if count <= 65_793 else (24, 16, 8, 0)
-        parts = self.product(torch.cat([(sums >> shift) & 255 for shift in shifts]).to(torch.uint8)).chunk(len(shifts))
+        parts = self.product(torch.stack([(sums >> shift) & 255 for shift in shifts], 1).to(torch.uint8)).unbind(1)
         y = sum(part * (2**shift / count) for part, shift in zip(parts, shifts, strict=True)) + self.offset
         return y[:, :, None, None] if self.keep else y

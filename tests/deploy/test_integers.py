@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integer_layers import OUTPUTS, random_bytes, random_layer
 from torch import Tensor, nn
 
-from fxquant.deploy import cpu
+from fxquant.deploy import cpu, vnni
 from fxquant.deploy.bytes import ByteMaxPool2d, BytePad, Dequantize, Quantize
 from fxquant.deploy.integers import Grid, IntegerLayer, integer_layer
 from fxquant.deploy.pooled import PooledIntegerLayer
@@ -23,18 +24,6 @@ from fxquant.quantizers import QuantSpec, UniformQuantizer, weight_quantizer
 from fxquant.quantizers.layers import QuantizedLayer, weight_spec
 
 needs_vnni = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
-
-
-def random_layer(seed: int, outputs: int, inputs: int, size: int, groups: int = 1, **more) -> IntegerLayer:
-    g = torch.Generator().manual_seed(seed)
-    weight = torch.randint(-128, 128, (outputs, inputs // groups, size, size), generator=g).to(torch.int8)
-    return IntegerLayer(weight, torch.rand(outputs, generator=g) * 0.01 + 0.001, torch.randn(outputs, generator=g), groups=groups, **more)
-
-
-def random_bytes(seed: int, *shape: int, grid: Grid) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    codes = torch.randint(grid.low, grid.high + 1, shape, generator=g).to(torch.uint8)
-    return codes.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else codes
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -109,9 +98,6 @@ def test_eight_bits_less_a_zero_point_do_not_fit_a_byte():
     assert "weight_symmetric=True" in found
 
 
-OUTPUTS = (None, Grid(0.9, 0), Grid(0.7, 2, 0, 3), Grid(0.7, 2, 2, 3), Grid(1.3, 120, 0, 255), Grid(1.3, 7, 7, 15))
-
-
 @needs_vnni
 @settings(max_examples=60, deadline=None)
 @given(
@@ -144,12 +130,19 @@ def test_linear_layers_on_the_cpu(output):
 
 
 def compare(layer: IntegerLayer, codes: Tensor) -> None:
-    expected, got = layer.reference(codes), cpu.CpuIntegerLayer(layer)(codes)
-    assert got.dtype == expected.dtype
-    assert torch.equal(got, expected)
+    """What the layer gives for all images and for one, and each kind of kernel for all of them, is the reference."""
+    expected, module = layer.reference(codes), cpu.CpuIntegerLayer(layer)
+    assert (module.single is None) == (vnni.unavailable() is not None or vnni.refusal(layer) is not None)
+    got = {"layer": module(codes), "oneDNN": module.several(codes)}
+    if module.single is not None:
+        got["own"] = module.single(codes)
+    for name, values in got.items():
+        assert values.dtype == expected.dtype, name
+        assert torch.equal(values, expected), name
+    assert torch.equal(module(codes[:1]), expected[:1])
     if layer.output is not None:
-        assert got.min() >= layer.output.low
-        assert got.max() <= layer.output.high
+        assert expected.min() >= layer.output.low
+        assert expected.max() <= layer.output.high
 
 
 @needs_vnni
@@ -163,10 +156,12 @@ def test_residuals_on_the_cpu(grid, output):
     layer = random_layer(7, 12, 8, 3, input=Grid(0.05, 3), output=output, padding=(1, 1))
     codes, added = random_bytes(1, 2, 8, 6, 6, grid=layer.input), random_bytes(2, 2, 12, 6, 6, grid=grid)
     before, floats = added.clone(), grid.dequantize(added)
-    expected, got = layer.reference(codes, floats), cpu.CpuIntegerLayer(layer, grid)(codes, added)
-    assert torch.equal(got, expected)
-    assert torch.equal(added, before)
-    assert torch.equal(cpu.CpuIntegerLayer(layer, grid)(codes, added.contiguous()), got)
+    expected, module = layer.reference(codes, floats), cpu.CpuIntegerLayer(layer, grid)
+    for product in filter(None, (module, module.single, module.several)):
+        assert torch.equal(product(codes, added), expected)
+        assert torch.equal(added, before)
+        assert torch.equal(product(codes, added.contiguous()), expected)
+    assert torch.equal(module(codes[:1], added[:1]), expected[:1])
 
 
 @needs_vnni
