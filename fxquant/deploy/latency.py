@@ -65,10 +65,11 @@ class InBFloat16(nn.Module):
 
 def frozen(network: nn.Module) -> Callable[[Tensor], Any]:
     """Return `network` compiled as well as torch does it, for the one batch size of the first call: what others are measured by."""
-    compiled = torch.compile(network, fullgraph=True)
+    device = next((parameter.device.type for parameter in network.parameters()), "cpu")
+    compiled = torch.compile(network, fullgraph=True, options={"cpp_wrapper": device == "cpu"})
 
     def run(images: Tensor) -> Any:
-        with torch.no_grad(), inductor.patch(freezing=True, cpp_wrapper=images.device.type == "cpu"):
+        with torch.no_grad(), inductor.patch(freezing=True):
             return compiled(images)
 
     return run

@@ -145,7 +145,7 @@ class Window {
   int64_t taps() const { return s_.kernel_h * s_.kernel_w; }
 
   void move(int64_t from, int64_t to) {
-    corners_.resize(to - from), inside_.resize(to - from), from_ = from;
+    corners_.resize(to - from), tops_.resize(to - from), lefts_.resize(to - from), inside_.resize(to - from);
     const int64_t high = (s_.kernel_h - 1) * s_.dilation_h, wide = (s_.kernel_w - 1) * s_.dilation_w;
     int64_t x = from % s_.out_width, y = from / s_.out_width % s_.out_height, image = from / s_.out_width / s_.out_height;
     for (int64_t p = 0; p < to - from; image += y == s_.out_height, y %= s_.out_height) {
@@ -153,7 +153,7 @@ class Window {
       const bool rows = top >= 0 && top + high < s_.height;
       for (; x < s_.out_width && p < to - from; x++, p++) {
         const int64_t left = x * s_.stride_w - s_.padding_w;
-        corners_[p] = codes_ + (row + left) * s_.channels;
+        corners_[p] = codes_ + (row + left) * s_.channels, tops_[p] = top, lefts_[p] = left;
         inside_[p] = rows && left >= 0 && left + wide < s_.width;
       }
       if (x == s_.out_width) x = 0, y++;
@@ -167,14 +167,12 @@ class Window {
   Places places(int64_t low, int64_t high) {
     if (std::all_of(inside_.begin() + low, inside_.begin() + high, [](uint8_t it) { return it; })) return {corners_.data() + low, 1, 0, offsets_.data()};
     const uint8_t** next = table_.data();
-    for (int64_t p = from_ + low; p < from_ + high; p++) {
-      const int64_t top = p / s_.out_width % s_.out_height * s_.stride_h - s_.padding_h, left = p % s_.out_width * s_.stride_w - s_.padding_w;
+    for (int64_t p = low; p < high; p++)
       for (int64_t i = 0, t = 0; i < s_.kernel_h; i++)
         for (int64_t j = 0; j < s_.kernel_w; j++, t++) {
-          const int64_t row = top + i * s_.dilation_h, column = left + j * s_.dilation_w;
-          *next++ = row >= 0 && row < s_.height && column >= 0 && column < s_.width ? corners_[p - from_] + inner_[t] : outside_.data();
+          const int64_t row = tops_[p] + i * s_.dilation_h, column = lefts_[p] + j * s_.dilation_w;
+          *next++ = row >= 0 && row < s_.height && column >= 0 && column < s_.width ? corners_[p] + inner_[t] : outside_.data();
         }
-    }
     return {table_.data(), taps(), 1, offsets_.data() + taps()};
   }
 
@@ -184,8 +182,7 @@ class Window {
   const std::vector<uint8_t> outside_;  // a pixel of zeros
   std::vector<const uint8_t*> table_, corners_;
   std::vector<uint8_t> inside_;
-  std::vector<int64_t> inner_, offsets_;
-  int64_t from_ = 0;
+  std::vector<int64_t> tops_, lefts_, inner_, offsets_;
 };
 
 void dense(const uint8_t* codes, const Weights& w, const uint8_t* residual, uint8_t* out, const Shape& s, int64_t depth, const Grids& g) {
