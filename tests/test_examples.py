@@ -204,9 +204,10 @@ def test_benchmark_reconstruction_on_a_network_of_ones_own(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
-def test_a_lowered_network_is_compared_byte_by_byte(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch", ["64", pytest.param("1", marks=pytest.mark.slow)])
+def test_a_lowered_network_is_compared_byte_by_byte(tmp_path: Path, batch: str) -> None:
     (tmp_path / "zoo.py").write_text(ZOO)
-    words = ["--networks", "cifar10_resnet20", "--settings", "W4A4", "--edges", "integer", "--out", str(tmp_path / "out")]
+    words = ["--networks", "cifar10_resnet20", "--settings", "W4A4", "--edges", "integer", "--batch", batch, "--out", str(tmp_path / "out")]
     done = run("13_lowered_equality.py", str(tmp_path), *words)
     assert done.returncode == 0, done.stderr
     *_, row = done.stdout.splitlines()
