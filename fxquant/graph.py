@@ -109,9 +109,15 @@ def free_unused(like: nn.Module) -> None:
         gc.collect()
 
 
-def device_of(gm: GraphModule) -> torch.device | None:
+def device_of(network: nn.Module) -> torch.device | None:
     """Return the device of the first parameter or buffer, or None when there is none."""
-    return next((value.device for values in (gm.parameters(), gm.buffers()) for value in values), None)
+    return next((value.device for values in (network.parameters(), network.buffers()) for value in values), None)
+
+
+def is_on_cpu(network: nn.Module) -> bool:
+    """Say whether the first parameter or buffer is on the CPU, or there is none."""
+    device = device_of(network)
+    return device is None or device.type == "cpu"
 
 
 def precision_of(network: object) -> torch.dtype:

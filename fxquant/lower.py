@@ -37,9 +37,9 @@ def lower(qmodel: nn.Module, backend: str = "cpu", *, pack: bool = False) -> Gra
 
     Args:
         qmodel: what `fxquant.quantize` or `fxquant.load` returned, in float32.
-        backend: ``"cpu"``: x86 with VNNI, through oneDNN, and for one image through fxquant's own kernels where there is AVX-512 (they are
-            compiled at the first call on a machine; layers keep their weights for both). ``"cuda"``: int8 tensor cores. The result is on
-            that device.
+        backend: ``"cpu"``: x86 with VNNI, through oneDNN; for one image through fxquant's own kernels, on Linux with AVX-512 VNNI, without
+            AMX and with a C++ compiler (the first call on a machine compiles them; layers keep their weights for both). ``"cuda"``: int8
+            tensor cores. The result is on that device.
         pack: keep weights of up to 2 and 4 bits in as many, and unpack them in the kernel (``"cuda"`` alone): less memory to read.
 
     Raises:
@@ -76,8 +76,8 @@ def lower(qmodel: nn.Module, backend: str = "cpu", *, pack: bool = False) -> Gra
         reasons = "; ".join(f"{where}: {why}" for where, why in lowering.log.skipped[:3])
         fix = 'Quantize weights and activations, images too: w=8, a=8, edges="integer"'
         raise ModelError(f"has nothing to lower ({reasons})", where=type(gm).__name__, fix=fix)
-    if backend == "cpu" and (slower := vnni.unavailable()) is not None:
-        lowering.note(f"single images run on oneDNN, as batches do: {slower}")
+    if backend == "cpu" and (why := vnni.unavailable()) is not None:
+        lowering.note(f"single images run on oneDNN, as batches do: {why}")
     record.passes.append(lowering.log)
     record.lowered = backend
     record.attach(lowered)

@@ -321,7 +321,7 @@ def test_integer_edges_leave_no_layer_in_floats(calibration):
     assert not any(isinstance(module, nn.Conv2d) for module in lowered.modules())
     assert not any(kind(node) == "add" for node in lowered.graph.nodes), "sums of two layers are calls on bytes"
     assert sum(isinstance(module, CpuIntegerLayer) and module.residual is not None for module in lowered.modules()) == 2
-    assert fxquant.report(lowered).record.passes[-1].notes == []
+    assert not [note for note in fxquant.report(lowered).record.passes[-1].notes if note.startswith("computed in floats")]
     assert_same(lowered, simulation)
 
 

@@ -149,6 +149,7 @@ def test_what_the_wheel_holds(wheel):
     held = {name for name in names if name.endswith(".py")}
     own = {str(path.relative_to(ROOT)) for path in (ROOT / "fxquant").rglob("*.py") if "passes" not in path.relative_to(ROOT).parts}
     assert held == own | {f"fxquant/{path.relative_to(ROOT)}" for path in (ROOT / "passes").rglob("*.py")}
+    assert {name for name in names if name.endswith(".cpp")} == {str(path.relative_to(ROOT)) for path in (ROOT / "fxquant").rglob("*.cpp")}
 
 
 SNIPPET = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
-from fxquant.deploy import vnni
 from fxquant.deploy.onednn import add_in_place
-from fxquant.graph import fork
+from fxquant.deploy.vnni import SHIM, VnniProduct
+from fxquant.graph import fork, is_on_cpu
 
 
 class _AddInPlace(CustomGraphPass):
@@ -24,12 +23,15 @@ class _AddInPlace(CustomGraphPass):
         return "fxquant add_in_place 1"
 
 
+_ADD_IN_PLACE = _AddInPlace()
+
+
 class CompiledNetwork(nn.Module):
     """A network behind ``torch.compile``, without gradients, its weights taken as constants.
 
     Packed weights must be constants of the compiled graph, which is what inductor calls freezing; it also packs the float layers that are
     left. It compiles at the first call, for any batch size above one, and once more for one image; a float convolution without stride makes
-    torch tell batches of 16 and more apart. It stays what the network was then: after a change, compile again.
+    torch tell batches of 16 and more apart. It stays what the network was then, on its device: after a change, compile again.
 
     Attributes:
         network: what was compiled.
@@ -38,12 +40,9 @@ class CompiledNetwork(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
-        first = next(chain(network.parameters(), network.buffers()), None)
-        options: dict[str, Any] = {
-            "cpp_wrapper": first is None or first.device.type == "cpu",
-            "post_grad_custom_post_pass": _AddInPlace(),
-            "aot_inductor.custom_ops_to_c_shims": {torch.ops.fxquant.vnni_layer.default: [vnni.SHIM]},
-        }
+        options: dict[str, Any] = {"cpp_wrapper": is_on_cpu(network), "post_grad_custom_post_pass": _ADD_IN_PLACE}
+        if any(isinstance(module, VnniProduct) for module in network.modules()):
+            options["aot_inductor.custom_ops_to_c_shims"] = {torch.ops.fxquant.vnni_layer.default: [SHIM]}
         if isinstance(network, GraphModule):
             # Before each call torch would look at every attribute of every module, to tell apart networks that share their code; a fork has
             # code that nothing else was compiled with.

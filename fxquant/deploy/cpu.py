@@ -2,8 +2,9 @@
 
     bytes -> [ VNNI: u8 x s8 -> int32 ] -> * s_in * s_w + b -> (+ residual bytes) -> cut -> round -> bytes
 
-All of it is one call: for one image of fxquant's own kernels (`fxquant.deploy.vnni`), where the processor has the instructions that they
-are written for, otherwise of oneDNN (`fxquant.deploy.onednn`). Both give the same bytes, those of `IntegerLayer.reference`.
+For one image it is done by fxquant's own kernels (`fxquant.deploy.vnni`), where the processor has the instructions that they are written
+for, otherwise by oneDNN (`fxquant.deploy.onednn`). Both give the bytes of `IntegerLayer.reference`, with a residual as long as scales have
+16 bits, as those of a frozen network do.
 """
 
 from __future__ import annotations
@@ -55,7 +56,6 @@ class CpuIntegerLayer(nn.Module):
         super().__init__()
         self.input, self.output, self.residual, self.is_linear = layer.input, layer.output, residual, layer.is_linear
         self.channels, self.bytes = len(layer.weight), layer.weight.numel()
-        self.words = "linear" if layer.is_linear else f"conv, stride {list(layer.stride)}, groups {layer.groups}"
         own = vnni.refusal(layer, residual) is None and vnni.unavailable() is None
         self.single = VnniProduct(layer, residual) if own else None
         self.several = OneDnnProduct(layer, residual)
@@ -67,7 +67,8 @@ class CpuIntegerLayer(nn.Module):
         return self.single(codes, residual) if single else self.several(codes, residual)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
-        return f"{self.words}, {self.channels} channels, {self.bytes:,} bytes, {self.input} -> {self.output or 'float32'}"
+        words = "linear" if self.is_linear else f"conv, stride {self.several.geometry[0]}, groups {self.several.geometry[3]}"
+        return f"{words}, {self.channels} channels, {self.bytes:,} bytes, {self.input} -> {self.output or 'float32'}"
 
 
 class CpuBackend:

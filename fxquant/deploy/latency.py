@@ -13,6 +13,8 @@ import torch
 import torch._inductor.config as inductor
 from torch import Tensor, nn
 
+from fxquant.graph import is_on_cpu
+
 WARM_UP = 3
 """Calls before the clock starts: the first compiles, the others let the machine settle."""
 TURN = 5
@@ -65,8 +67,7 @@ class InBFloat16(nn.Module):
 
 def frozen(network: nn.Module) -> Callable[[Tensor], Any]:
     """Return `network` compiled as well as torch does it, for the one batch size of the first call: what others are measured by."""
-    device = next((parameter.device.type for parameter in network.parameters()), "cpu")
-    compiled = torch.compile(network, fullgraph=True, options={"cpp_wrapper": device == "cpu"})
+    compiled = torch.compile(network, fullgraph=True, options={"cpp_wrapper": is_on_cpu(network)})
 
     def run(images: Tensor) -> Any:
         with torch.no_grad(), inductor.patch(freezing=True):

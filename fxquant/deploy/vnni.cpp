@@ -2,9 +2,9 @@
 //
 //     bytes -> [ u8 x s8 -> int32 ] -> * s_in * s_w + b -> (+ residual bytes) -> * 1/s + z -> cut -> round -> bytes
 //
-// Images are [N, H, W, C] in memory. A dense layer is an indirect product: for every output pixel there are pointers to the input pixels under
-// the taps of its kernel, so nothing is copied, and padding is a pointer to a pixel of zeros. Each step in floats is rounded on its own, in
-// the order of `IntegerLayer.reference`: compile without contraction to fused multiply-adds.
+// Images are [N, H, W, C] in memory. A dense layer is an indirect product: for every output pixel there are pointers to the input pixels
+// under the taps of its kernel, so nothing is copied, and padding is a pointer to a pixel of zeros. Each step in floats is rounded on its
+// own, in the order of `IntegerLayer.reference`: compile without contraction to fused multiply-adds.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -42,12 +42,12 @@ struct Weights {
   Weights at(int64_t bytes, int64_t output) const { return {packed + bytes, start + output, scale + output, bias + output}; }
 };
 
-enum Kind { BYTES, SUMS, FLOATS };  // what goes out: bytes, bytes of a sum with a residual, or float32
+enum Output { BYTES, SUMS, FLOATS };  // what goes out: bytes, bytes of a sum with a residual, or float32
 
 // sum += four products of unsigned and signed bytes in each of 16 places; as text, as compilers copy and spill the sums of the intrinsic.
 inline void add_products(__m512i& sum, __m512i x, __m512i w) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w)); }
 
-inline __m512 real(__m512i sum, const Weights& w, int64_t at, const Grids& g) {
+inline __m512 dequantized(__m512i sum, const Weights& w, int64_t at, const Grids& g) {
   const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(g.input_scale));
   return _mm512_add_ps(_mm512_mul_ps(y, _mm512_loadu_ps(w.scale + at)), _mm512_loadu_ps(w.bias + at));
 }
@@ -57,7 +57,7 @@ inline __m512 plus_residual(__m512 y, __m128i bytes, const Grids& g) {
   return _mm512_add_ps(y, _mm512_mul_ps(_mm512_cvtepi32_ps(centered), _mm512_set1_ps(g.residual_scale)));
 }
 
-inline __m512i code(__m512 y, const Grids& g) {
+inline __m512i quantized(__m512 y, const Grids& g) {
   y = _mm512_add_ps(_mm512_mul_ps(y, _mm512_set1_ps(g.inverse)), _mm512_set1_ps(g.zero));
   y = _mm512_min_ps(_mm512_max_ps(y, _mm512_set1_ps(g.low)), _mm512_set1_ps(g.high));
   return _mm512_cvtps_epi32(y);  // half to even
@@ -68,7 +68,7 @@ inline __m512i bytes_of(const __m512i (&codes)[4]) {
   return _mm512_packus_epi16(_mm512_packs_epi32(codes[0], codes[1]), _mm512_packs_epi32(codes[2], codes[3]));
 }
 
-inline __mmask64 first(int64_t count) { return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1; }
+inline __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1; }
 
 // ---- dense layers -------------------------------------------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ struct Places {
 };
 
 // `PIXELS` output pixels times 16 `VECTORS` outputs; two pixels of `out` are `out_stride` apart.
-template <int PIXELS, int VECTORS, Kind KIND>
+template <int PIXELS, int VECTORS, Output OUTPUT>
 void tile(const Places& places, int64_t taps, int64_t depth, Weights w, const uint8_t* residual, uint8_t* out, int64_t out_stride,
           int64_t outputs, const Grids& given) {
   __m512i sums[PIXELS][VECTORS];
@@ -115,24 +115,25 @@ void tile(const Places& places, int64_t taps, int64_t depth, Weights w, const ui
     __m512i codes[4] = {};
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) {
-      const __mmask16 mask = (__mmask16)first(outputs - 16 * v);
-      __m512 y = real(sums[p][v], w, 16 * v, g);
-      if (KIND == SUMS) y = plus_residual(y, _mm_maskz_loadu_epi8(mask, residual + p * out_stride + 16 * v), g);
-      if (KIND == FLOATS) _mm512_mask_storeu_ps((float*)out + p * out_stride + 16 * v, mask, y);
-      else codes[v] = code(y, g);
+      const __mmask16 mask = (__mmask16)first_bytes(outputs - 16 * v);
+      __m512 y = dequantized(sums[p][v], w, 16 * v, g);
+      if (OUTPUT == SUMS) y = plus_residual(y, _mm_maskz_loadu_epi8(mask, residual + p * out_stride + 16 * v), g);
+      if (OUTPUT == FLOATS) _mm512_mask_storeu_ps((float*)out + p * out_stride + 16 * v, mask, y);
+      else codes[v] = quantized(y, g);
     }
-    if (KIND != FLOATS) _mm512_mask_storeu_epi8(out + p * out_stride, first(outputs), _mm512_permutexvar_epi32(order, bytes_of(codes)));
+    const __m512i bytes = _mm512_permutexvar_epi32(order, bytes_of(codes));
+    if (OUTPUT != FLOATS) _mm512_mask_storeu_epi8(out + p * out_stride, first_bytes(outputs), bytes);
   }
 }
 
 using Tile = decltype(&tile<1, 1, BYTES>);
-template <Kind K>
+template <Output O>
 constexpr Tile TILES[4][8] = {
-    {tile<1, 1, K>, tile<2, 1, K>, tile<3, 1, K>, tile<4, 1, K>, tile<5, 1, K>, tile<6, 1, K>, tile<7, 1, K>, tile<8, 1, K>},
-    {tile<1, 2, K>, tile<2, 2, K>, tile<3, 2, K>, tile<4, 2, K>, tile<5, 2, K>, tile<6, 2, K>, tile<7, 2, K>, tile<8, 2, K>},
-    {tile<1, 3, K>, tile<2, 3, K>, tile<3, 3, K>, tile<4, 3, K>, tile<5, 3, K>, tile<6, 3, K>, tile<7, 3, K>, tile<8, 3, K>},
-    {tile<1, 4, K>, tile<2, 4, K>, tile<3, 4, K>, tile<4, 4, K>, tile<5, 4, K>, tile<6, 4, K>, nullptr, nullptr}};
-const int64_t MOST[4] = {8, 8, 8, 6};  // pixels whose sums fit the registers, by vectors
+    {tile<1, 1, O>, tile<2, 1, O>, tile<3, 1, O>, tile<4, 1, O>, tile<5, 1, O>, tile<6, 1, O>, tile<7, 1, O>, tile<8, 1, O>},
+    {tile<1, 2, O>, tile<2, 2, O>, tile<3, 2, O>, tile<4, 2, O>, tile<5, 2, O>, tile<6, 2, O>, tile<7, 2, O>, tile<8, 2, O>},
+    {tile<1, 3, O>, tile<2, 3, O>, tile<3, 3, O>, tile<4, 3, O>, tile<5, 3, O>, tile<6, 3, O>, tile<7, 3, O>, tile<8, 3, O>},
+    {tile<1, 4, O>, tile<2, 4, O>, tile<3, 4, O>, tile<4, 4, O>, tile<5, 4, O>, tile<6, 4, O>, nullptr, nullptr}};
+const int64_t MOST_PIXELS[4] = {8, 8, 8, 6};  // pixels whose sums fit the registers, by vectors
 
 // The input pixels of a part of the output. Most have all taps inside of the image, at the same places from its corner; others a table.
 class Window {
@@ -165,7 +166,8 @@ class Window {
   }
 
   Places places(int64_t low, int64_t high) {
-    if (std::all_of(inside_.begin() + low, inside_.begin() + high, [](uint8_t it) { return it; })) return {corners_.data() + low, 1, 0, offsets_.data()};
+    const bool all_inside = std::all_of(inside_.begin() + low, inside_.begin() + high, [](uint8_t it) { return it; });
+    if (all_inside) return {corners_.data() + low, 1, 0, offsets_.data()};
     const uint8_t** next = table_.data();
     for (int64_t p = low; p < high; p++)
       for (int64_t i = 0, t = 0; i < s_.kernel_h; i++)
@@ -186,9 +188,10 @@ class Window {
 };
 
 void dense(const uint8_t* codes, const Weights& w, const uint8_t* residual, uint8_t* out, const Shape& s, int64_t depth, const Grids& g) {
-  const int64_t taps = s.kernel_h * s.kernel_w, width = s.out_channels / s.groups, padded = (width + 15) / 16 * 16, panels = (padded + 63) / 64;
+  const int64_t taps = s.kernel_h * s.kernel_w, width = s.out_channels / s.groups;
+  const int64_t padded = (width + 15) / 16 * 16, panels = (padded + 63) / 64;
   const int64_t count = s.images * s.out_height * s.out_width, threads = omp_get_max_threads();
-  // As many pixels as stay in the second cache, in and out, while the panels of weights pass over them, and some for every thread.
+  // Pixels of about 128 KiB, in and out, which stay in the second cache while panels of weights pass over them; some for every thread.
   const int64_t fitting = std::max<int64_t>(48, 131072 / (s.channels * s.stride_h * s.stride_w + s.out_channels));
   const int64_t chunk = std::min(fitting, std::max<int64_t>(24, (count + threads - 1) / threads));
   const int64_t tasks = (count + chunk - 1) / chunk * s.groups * panels;
@@ -206,7 +209,7 @@ void dense(const uint8_t* codes, const Weights& w, const uint8_t* residual, uint
       const int64_t vectors = std::min<int64_t>(4, padded / 16 - 4 * panel), output = group * padded + 64 * panel;
       const int64_t outputs = std::min<int64_t>(64, width - 64 * panel), channel = group * width + 64 * panel;
       const Weights panel_w = w.at(output * taps * depth, output);
-      const int64_t blocks = (to - from + MOST[vectors - 1] - 1) / MOST[vectors - 1];
+      const int64_t blocks = (to - from + MOST_PIXELS[vectors - 1] - 1) / MOST_PIXELS[vectors - 1];
       for (int64_t b = 0; b < blocks; b++) {
         const int64_t low = (to - from) * b / blocks, high = (to - from) * (b + 1) / blocks, at = (from + low) * s.out_channels + channel;
         tiles[vectors - 1][high - low - 1](window.places(low, high), taps, depth, panel_w, residual ? residual + at : nullptr,
@@ -245,8 +248,9 @@ struct Block {
 
 // Writes the columns of a line: bytes of four rows side by side, as one product takes them. With neighbors, a column is part of several.
 template <int NEIGHBORS>
-void interleave(const uint8_t* const* rows, int64_t count, int64_t fours, const Block& block, const Shape& s, uint8_t zero, uint8_t* columns) {
-  const __mmask64 mask = first(block.channels);
+void interleave(const uint8_t* const* rows, int64_t count, int64_t fours, const Block& block, const Shape& s, uint8_t zero,
+                uint8_t* columns) {
+  const __mmask64 mask = first_bytes(block.channels);
   const __m512i zeros = _mm512_set1_epi8((char)zero);
   for (int64_t c = 0; c < count; c++)
     for (int64_t f = 0; f < fours; f++) {
@@ -288,17 +292,19 @@ void depthwise_line(const uint8_t* columns, const Weights& w, uint8_t* out, cons
           add_products(sums[j], _mm512_loadu_si512(column + 64 * j), KERNEL_W * FOURS ? held[at] : _mm512_loadu_si512(w.packed + 64 * at));
         }
       }
-    for (int j = 0; j < 4; j++) codes[j] = code(real(sums[j], w, 16 * j, g), g);
+    for (int j = 0; j < 4; j++) codes[j] = quantized(dequantized(sums[j], w, 16 * j, g), g);
     const __m512i bytes = bytes_of(codes);
     // Those masked away in front of a neighbor's bytes are counted in its address, too.
-    for (int64_t n = 0; n < std::min<int64_t>(NEIGHBORS, s.out_width - x); n++)
-      _mm512_mask_storeu_epi8(out + (x + n) * s.channels + block.channel - 64 / NEIGHBORS * n, first(block.channels) << (64 / NEIGHBORS * n), bytes);
+    for (int64_t n = 0; n < std::min<int64_t>(NEIGHBORS, s.out_width - x); n++) {
+      const int64_t masked = 64 / NEIGHBORS * n;
+      _mm512_mask_storeu_epi8(out + (x + n) * s.channels + block.channel - masked, first_bytes(block.channels) << masked, bytes);
+    }
   }
 }
 
 template <int NEIGHBORS>
-void depthwise_block(const uint8_t* const* rows, int64_t count, const Weights& w, uint8_t* out, const Block& block, const Shape& s, const Grids& g,
-                     uint8_t* columns) {
+void depthwise_block(const uint8_t* const* rows, int64_t count, const Weights& w, uint8_t* out, const Block& block, const Shape& s,
+                     const Grids& g, uint8_t* columns) {
   const int64_t fours = (s.kernel_h + 3) / 4;
   interleave<NEIGHBORS>(rows, count, fours, block, s, g.input_zero, columns);
   if (s.kernel_w == 3 && fours == 1) depthwise_line<3, 1, NEIGHBORS>(columns, w, out, block, s, g);
@@ -332,10 +338,11 @@ void depthwise(const uint8_t* codes, const Weights& w, uint8_t* out, const Shape
 
 }  // namespace
 
-// Computes a layer. `sizes` are N, C, H, W of the codes; `geometry`: outputs, kernel, stride, padding and dilation (height, width each), groups,
-// height and width that go out; `grids`: those of `Grids`, in their order.
-extern "C" void fxquant_vnni_layer(const uint8_t* codes, const int8_t* packed, const int32_t* start, const float* scale, const float* bias,
-                                   const uint8_t* residual, uint8_t* out, const int64_t* sizes, const int64_t* geometry, const double* grids) {
+// Computes a layer. `sizes` are N, C, H, W of the codes; `geometry`: outputs, kernel, stride, padding and dilation (height, width each),
+// groups, height and width that go out; `grids`: those of `Grids`, in their order.
+extern "C" void fxquant_vnni_layer(const uint8_t* codes, const int8_t* packed, const int32_t* start, const float* scale,
+                                   const float* bias, const uint8_t* residual, uint8_t* out, const int64_t* sizes,
+                                   const int64_t* geometry, const double* grids) {
   const int64_t* n = geometry;
   const Shape s{sizes[0], sizes[2], sizes[3], sizes[1], n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11]};
   const Grids g{(float)grids[0], (uint8_t)grids[1], (float)grids[2], (float)grids[3],
@@ -368,6 +375,7 @@ extern "C" AOTITorchError aoti_torch_cpu_vnni_layer(AtenTensorHandle codes, Aten
     n.insert(n.end(), {1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1});
   } else {
     for (int i = 0; i < 2; i++) n.push_back((in[2 + i] + 2 * n[5 + i] - n[7 + i] * (n[1 + i] - 1) - 1) / n[3 + i] + 1);
+    if (n[10] < 1 || n[11] < 1) return AOTI_TORCH_FAILURE;  // the map is smaller than the kernel
     to = {in[0], n[0], n[10], n[11]};
     strides = {n[0] * n[10] * n[11], 1, n[0] * n[11], n[0]};
   }
@@ -375,7 +383,7 @@ extern "C" AOTITorchError aoti_torch_cpu_vnni_layer(AtenTensorHandle codes, Aten
   const AOTITorchError error = aoti_torch_empty_strided(dimensions, to.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, out);
   if (error != AOTI_TORCH_SUCCESS) return error;
   fxquant_vnni_layer((const uint8_t*)data(codes), (const int8_t*)data(packed), (const int32_t*)data(start), (const float*)data(scale),
-                     (const float*)data(bias), residual ? (const uint8_t*)data(*residual) : nullptr, (uint8_t*)data(*out), in.data(), n.data(),
-                     grids);
+                     (const float*)data(bias), residual ? (const uint8_t*)data(*residual) : nullptr, (uint8_t*)data(*out), in.data(),
+                     n.data(), grids);
   return AOTI_TORCH_SUCCESS;
 }

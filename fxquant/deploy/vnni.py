@@ -15,7 +15,6 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +36,11 @@ def unavailable() -> str | None:
     """Say why layers run on oneDNN here instead, or return None. Compiles the kernels where that was not done before."""
     if not sys.platform.startswith("linux"):
         return f"its kernels are not built on {sys.platform}"
-    has = torch.cpu.get_capabilities()
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if not has.get("avx512_vnni"):
-        return "this processor has no AVX-512 VNNI"
+        return "this processor has no AVX-512 VNNI, as far as torch knows"
     if has.get("amx_int8"):
-        return "this processor has AMX, which oneDNN uses"
+        return "this processor has AMX, for which oneDNN has kernels"
     if os.environ.get("ONEDNN_MAX_CPU_ISA"):
         return "ONEDNN_MAX_CPU_ISA says which instructions to use"
     return _not_built()
@@ -70,7 +69,7 @@ def _is_depthwise(layer: IntegerLayer) -> bool:
     return 1 < layer.groups == len(layer.weight) and layer.weight.shape[1] == 1
 
 
-@torch.library.custom_op("fxquant::vnni_layer", mutates_args=())
+@torch.library.custom_op("fxquant::vnni_layer", mutates_args=(), device_types="cpu", tags=(torch.Tag.needs_exact_strides,))
 def vnni_layer(
     codes: Tensor,
     packed: Tensor,
@@ -87,8 +86,11 @@ def vnni_layer(
         geometry: outputs; of a convolution then kernel, stride, padding and dilation, height and width each, and groups.
         grids: scale and zero-point of the codes; 1 / scale (0: float32 goes out), zero-point, lowest and highest code of the output;
             scale and zero-point of the residual.
+
+    Raises:
+        ValueError: types or shapes are others, or the map is smaller than the kernel.
     """
-    out = _output(codes, geometry, grids)
+    out = _output(codes, packed, start, scale, bias, residual, geometry, grids)
     if len(geometry) == 1:
         sizes, shape = [codes.numel() // codes.shape[-1], codes.shape[-1], 1, 1], [*geometry, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1]
     else:
@@ -101,18 +103,33 @@ def vnni_layer(
     return out
 
 
-def _output(codes: Tensor, geometry: list[int], grids: list[float]) -> Tensor:
+@vnni_layer.register_fake
+def _output(
+    codes: Tensor,
+    packed: Tensor,
+    start: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    geometry: list[int],
+    grids: list[float],
+) -> Tensor:
+    """Return an empty output, if the inputs are what pointers to them are taken for."""
+    types = [tensor.dtype for tensor in (codes, packed, start, scale, bias)]
+    if types != [torch.uint8, torch.int8, torch.int32, torch.float32, torch.float32]:
+        raise ValueError(f"a layer of bytes cannot read {', '.join(str(dtype).removeprefix('torch.') for dtype in types)}")
     dtype = torch.uint8 if grids[2] else torch.float32
     if len(geometry) == 1:
-        return codes.new_empty((*codes.shape[:-1], *geometry), dtype=dtype)
-    outputs, *kernel = geometry
-    size = [(codes.shape[2 + i] + 2 * kernel[4 + i] - kernel[6 + i] * (kernel[i] - 1) - 1) // kernel[2 + i] + 1 for i in (0, 1)]
-    return torch.empty((len(codes), outputs, *size), dtype=dtype, device=codes.device, memory_format=torch.channels_last)
-
-
-@vnni_layer.register_fake
-def _(codes: Tensor, packed: Any, start: Any, scale: Any, bias: Any, residual: Any, geometry: list[int], grids: list[float]) -> Tensor:
-    return _output(codes, geometry, grids)
+        out = codes.new_empty((*codes.shape[:-1], *geometry), dtype=dtype)
+    else:
+        outputs, *kernel = geometry
+        size = [(codes.shape[2 + i] + 2 * kernel[4 + i] - kernel[6 + i] * (kernel[i] - 1) - 1) // kernel[2 + i] + 1 for i in (0, 1)]
+        if min(size) < 1:
+            raise ValueError(f"a map of {codes.shape[2]} x {codes.shape[3]} is smaller than the kernel")
+        out = torch.empty((codes.shape[0], outputs, *size), dtype=dtype, device=codes.device, memory_format=torch.channels_last)
+    if residual is not None and (residual.dtype != torch.uint8 or residual.shape != out.shape):
+        raise ValueError(f"a residual of {residual.dtype} {tuple(residual.shape)} cannot be added to {tuple(out.shape)}")
+    return out
 
 
 class VnniProduct(nn.Module):
@@ -135,6 +152,7 @@ class VnniProduct(nn.Module):
         packed, order = pack(weight, layer.groups)
         start = -layer.input.zero_point * weight.flatten(1).sum(1, dtype=torch.int32)
         bias = torch.zeros_like(layer.scale) if layer.bias is None else layer.bias
+        self.inputs = weight.shape[1] * layer.groups
         self.register_buffer("packed", packed)
         for name, values in (("start", start), ("scale", layer.scale), ("bias", bias)):
             self.register_buffer(name, torch.cat([values, values.new_zeros(1)])[order])
@@ -149,7 +167,10 @@ class VnniProduct(nn.Module):
 
     def forward(self, codes: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return bytes on the grid of the output, or float32 where there is none."""
-        order = torch.contiguous_format if len(self.geometry) == 1 else torch.channels_last
+        is_linear = len(self.geometry) == 1
+        if codes.shape[-1 if is_linear else 1] != self.inputs:
+            raise ValueError(f"a layer of {self.inputs} input channels cannot read bytes of shape {tuple(codes.shape)}")
+        order = torch.contiguous_format if is_linear else torch.channels_last
         residual = None if residual is None else residual.contiguous(memory_format=order)
         given = (self.packed, self.start, self.scale, self.bias)
         return vnni_layer(codes.contiguous(memory_format=order), *given, residual, self.geometry, self.grids)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fxquant
 from fxquant.deploy import cpu, native, vnni
-from fxquant.deploy.integers import Grid, IntegerLayer
+from fxquant.deploy.integers import Grid, IntegerLayer, overflow
 
 needs_kernels = pytest.mark.skipif(cpu.unavailable() is not None or vnni.unavailable() is not None, reason=str(vnni.unavailable()))
 
@@ -61,13 +61,14 @@ def test_kernels_of_any_form(inputs, groups, geometry, kernel):
 
 @needs_kernels
 def test_the_largest_sums():
-    """Sums pass what 16 bits hold at once, and 32 bits while they start at what the zero-point takes off."""
-    for sign in (127, -128):
-        weight = torch.full((16, 64, 3, 3), sign, dtype=torch.int8)
-        for zero_point in (0, 255):
-            layer = IntegerLayer(weight, torch.full((16,), 2.0**-20), None, Grid(1.0, zero_point), Grid(0.25, 128))
-            assert_same(layer, torch.full((1, 64, 4, 4), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last))
-            assert_same(layer, torch.zeros((1, 64, 4, 4), dtype=torch.uint8).contiguous(memory_format=torch.channels_last))
+    """Of as many inputs as 32 bits can add up: with a zero-point the sum is far from where it starts and from where it ends."""
+    for weight in (torch.full((16, 66_304), 127, dtype=torch.int8), torch.full((16, 65_792), -128, dtype=torch.int8)):
+        for zero_point in (0, 100, 255):
+            layer = IntegerLayer(weight, torch.full((16,), 2.0**-22), None, Grid(1.0, zero_point), Grid(4.0, 128))
+            assert overflow(layer) is None
+            for byte in (0, 255):
+                codes = torch.full((1, weight.shape[1]), byte, dtype=torch.uint8)
+                assert torch.equal(vnni.VnniProduct(layer)(codes), layer.reference(codes))
 
 
 @needs_kernels
@@ -80,17 +81,58 @@ def test_rows(shape):
 
 
 @needs_kernels
-def test_images_in_another_memory_order_and_threads():
-    layer = random_layer(7, 40, 8, 3, input=Grid(0.05, 3), output=OUTPUTS[2], padding=(1, 1))
-    depthwise = random_layer(7, 40, 40, 3, 40, input=Grid(0.05, 3), output=OUTPUTS[2], padding=(1, 1))
+def test_groups_of_several_panels():
+    layer = random_layer(5, 200, 16, 3, 2, input=Grid(0.05, 3), output=OUTPUTS[4], padding=(1, 1))
+    assert_same(layer, random_bytes(1, 1, 16, 9, 9, grid=layer.input))
+
+
+@needs_kernels
+@pytest.mark.parametrize("groups", [1, 40])
+def test_no_images(groups):
+    layer = random_layer(5, 40, 40, 3, groups, input=Grid(0.05, 3), output=OUTPUTS[4])
+    assert vnni.VnniProduct(layer)(torch.empty((0, 40, 9, 9), dtype=torch.uint8)).shape == (0, 40, 7, 7)
+
+
+@needs_kernels
+@pytest.mark.parametrize("groups", [1, 40])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_images_in_another_memory_order_and_threads(groups, threads):
+    """As many threads as torch has, each with a part that is not a multiple of a tile."""
+    layer = random_layer(7, 40, 40, 3, groups, input=Grid(0.05, 3), output=OUTPUTS[2], padding=(1, 1))
     before = torch.get_num_threads()
     try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            for made in (layer, depthwise):
-                assert_same(made, random_bytes(1, 2, made.weight.shape[1] * made.groups, 30, 31, grid=made.input).contiguous())
+        torch.set_num_threads(threads)
+        assert_same(layer, random_bytes(1, 2, 40, 30, 31, grid=layer.input).contiguous())
     finally:
         torch.set_num_threads(before)
+
+
+@needs_kernels
+def test_what_is_no_input():
+    """Pointers say nothing of what they point to, so it is checked before."""
+    product = vnni.VnniProduct(random_layer(7, 16, 8, 3, input=Grid(0.05, 3), output=OUTPUTS[2]), Grid(0.5, 0))
+    codes = random_bytes(1, 1, 8, 6, 6, grid=Grid(1.0, 0))
+    for wrong, reason in (
+        ((codes.float(),), "cannot read float32"),
+        ((codes[:, :4],), "8 input channels cannot read bytes of shape"),
+        ((codes[:, :, :2],), "a map of 2 x 6 is smaller than the kernel"),
+        ((codes, codes), "cannot be added to"),
+        ((codes, torch.zeros(1, 16, 4, 4)), "cannot be added to"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            product(*wrong)
+    with pytest.raises(ValueError, match="cannot read uint8, int8, int32, float16, float16"):
+        product.half()(codes)
+
+
+@needs_kernels
+def test_what_torch_asks_of_an_operator():
+    """And torch.compile takes it without fxquant.compile, too, through Python."""
+    layer = random_layer(7, 16, 8, 3, input=Grid(0.05, 3), output=OUTPUTS[2])
+    product, codes = vnni.VnniProduct(layer), random_bytes(1, 1, 8, 6, 6, grid=layer.input)
+    given = (codes, product.packed, product.start, product.scale, product.bias, None, product.geometry, product.grids)
+    torch.library.opcheck(vnni.vnni_layer, given)
+    assert torch.equal(torch.compile(product, fullgraph=True)(codes), layer.reference(codes))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +146,8 @@ def test_images_in_another_memory_order_and_threads():
 )
 def test_what_runs_on_onednn(layer, residual, reason):
     assert reason in str(vnni.refusal(layer, residual))
-    assert cpu.CpuIntegerLayer(layer, residual).single is None
+    if cpu.unavailable() is None and residual is None:
+        assert cpu.CpuIntegerLayer(layer, residual).single is None
 
 
 @pytest.fixture
@@ -141,8 +184,7 @@ def test_without_a_compiler_layers_run_on_onednn(simulation, monkeypatch, tmp_pa
     if cpu.unavailable() is not None:
         pytest.skip(str(cpu.unavailable()))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
-    monkeypatch.setattr(native, "_compiler", lambda: "false")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(native, "_inductor", lambda: ("false -x", str(tmp_path)))
     native.library.cache_clear()
     vnni._not_built.cache_clear()
     try:
