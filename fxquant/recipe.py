@@ -195,9 +195,6 @@ class Recipe:
     finish_match: bool = True
     """Hold mean and spread of the channels of convolutions into which a batch norm was folded to those of the float network, batch by
     batch, as long as the training lasts; scales and biases take that over in the end (`fxquant.reconstruction.matching`)."""
-    finish_match_from: float = 0.1
-    """The KL to the float network on the held-out images (without logits the normalized error of outputs) from which the start of the
-    training has that; nearer to it the moments of a batch are noise to what is learned."""
     finish_averaging: float = 0.0
     """Decay of the moving average of everything learned, which is what stays (0: the last state)."""
 

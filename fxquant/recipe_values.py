@@ -49,7 +49,6 @@ NUMBERS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("finish_activation_rate", "finish_bias_rate"), (0.0, 10.0)),
     **dict.fromkeys(("unit_rounding_weight", "unit_kl_weight", "unit_correction_pull", "output_kl_penalty"), (0.0, 1e9)),
     "finish_feature_weight": (0.0, 1e9),
-    "finish_match_from": (0.0, 1e9),
     **dict.fromkeys(("finish_level_power", "finish_fine_power"), (0.0, 2.0)),
     **dict.fromkeys(("unit_kl_temperature", "output_kl_temperature", "finish_temperature"), (1e-3, 1e3)),
     **dict.fromkeys(("unit_beta_start", "unit_beta_end"), (1.0, 1e3)),

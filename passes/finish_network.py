@@ -32,8 +32,7 @@ class FinishNetwork(Pass):
 
     The graph stays as it is. Weights are trained in units of their step behind a straight-through round, so they may cross several
     levels; what is kept is the state with the least KL on held-out calibration images, the starting one included. Convolutions with a
-    folded batch norm are held to the teacher's mean and spread meanwhile (`fxquant.reconstruction.matching`), unless the student starts
-    near its teacher.
+    folded batch norm are held to the teacher's mean and spread meanwhile (`fxquant.reconstruction.matching`).
 
     With ``stage="output_kl"`` only the scales of weights and the scales and zero-points of activations move, held to where they start by
     ``lambda_p (|scale / scale0 - 1|^2 + |z - z0|^2)`` (the first stage of CAT's paper; scales are relative so that one lambda_p fits all
@@ -92,9 +91,7 @@ class FinishNetwork(Pass):
         views = training.views
         self.note(f"{iterations} steps of {views.size} views: {views.made}; {len(training.held_out)} images held out")
         if self.settings.match and self.teacher.meta.get(NORMS) and not training.matching:
-            near = f"the network starts {training.apart:.4f} from it, below finish_match_from={self.settings.match_from:g}"
-            fixed = "scales or biases of the layers with batch norms do not move"
-            self.note(f"channels are not held to the float moments: {near if training.apart < self.settings.match_from else fixed}")
+            self.note("channels are not held to the float moments: scales or biases of the layers with batch norms do not move")
         if training.matching:
             self.note(f"channels of {len(training.matching.matches)} layers held to the float moments while training")
         if outcome.retried:

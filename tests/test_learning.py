@@ -39,7 +39,6 @@ from fxquant.reconstruction.unit import UnitLearning
 BRIEFLY: dict[str, Any] = {
     **dict.fromkeys(("unit_iterations", "scales_iterations", "output_kl_iterations"), 6),
     **dict.fromkeys(("unit_batch", "output_kl_batch", "finish_batch", "finish_iterations"), 8),
-    "finish_match_from": 0.0,
     "unit_correction_iterations": 3,
     "finish_checks": 4,
 }

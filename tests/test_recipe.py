@@ -31,7 +31,6 @@ FINISH = {
     "checks": 7,
     "averaging": 0.9,
     "match": False,
-    "match_from": 0.5,
 }
 """Values that no default has."""
 

@@ -55,7 +55,6 @@ class NetworkSettings:
     checks: int = 20
     averaging: float = 0.0
     match: bool = False
-    match_from: float = 0.0
     precision: str = "float32"
     compile: bool = False
 
@@ -114,24 +113,24 @@ class NetworkTraining:
         moving = set(map(id, self.parameters))
         for parameter in learners.graph.parameters():  # what has no rate needs no gradient
             parameter.requires_grad_(id(parameter) in moving)
-        self.held_out = held_out.to(device)
-        weights = sum(value.numel() * value.element_size() for value in teacher.parameters())
-        self.at_once = images_at_once(teacher.graph.nodes, device, max(128, views.size), weights)
-        with torch.no_grad():
-            self.wanted = self._outputs(self.teacher, self.held_out)
-        self.apart = self.error(1.0) if settings.match else 0.0
-        matching = Matching(learners, teacher) if settings.match and self.apart >= settings.match_from else None
+        matching = Matching(learners, teacher) if settings.match else None
         self.matching = matching if matching and matching.matches else None
         self.steps: tuple[Callable[..., Any], Callable[..., Any]] = (self.student, self.teacher)
         if self.matching:
             self.matched_student, self.matched_teacher = self.matching.on_student(self.student), self.matching.on_teacher(self.teacher)
             self.steps = self.matched_student, self.matched_teacher
-            image = sum(map(bytes_per_image, teacher.graph.nodes))
-            self.at_once = max(self.at_once, min(LEAST, int(LEAST_BYTES / max(1, image))))
         if settings.compile:
             mode = "reduce-overhead" if device.type == "cuda" else "default"
             self.steps = torch.compile(self.steps[0], mode=mode), torch.compile(self.steps[1], mode=mode)
         self.start = self._copies()
+        self.held_out = held_out.to(device)
+        weights = sum(value.numel() * value.element_size() for value in teacher.parameters())
+        self.at_once = images_at_once(teacher.graph.nodes, device, max(128, views.size), weights)
+        if self.matching:
+            image = sum(map(bytes_per_image, teacher.graph.nodes))
+            self.at_once = max(self.at_once, min(LEAST, int(LEAST_BYTES / max(1, image))))
+        with torch.no_grad():
+            self.wanted = self._outputs(self.teacher, self.held_out)
         self.latents = [learner for learner in learners.weights.values() if isinstance(learner, LatentWeight)]
 
     def run(self, show: Show, state: State | None = None, keep: Callable[[State], None] | None = None) -> Outcome:
@@ -239,18 +238,14 @@ class NetworkTraining:
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
 
-    def held_out_error(self) -> float:
-        """Return the first term of the loss on the held-out images: ``T^2 KL`` to the float network at temperature T."""
-        return self.error(self.settings.temperature, self.settings.kl_weight)
-
     @torch.no_grad()
-    def error(self, temperature: float, weight: float = 1.0) -> float:
-        """Return the KL to the float network on the held-out images at a temperature, all quantizers hard, times `weight`; where there are
-        no logits, the normalized error of the outputs."""
+    def held_out_error(self) -> float:
+        """Return the first term of the loss on the held-out images, all quantizers hard: ``T^2 KL`` to the float network at temperature T;
+        where there are no logits, the normalized error of the outputs."""
         self._mix(0.0)
         mine = self._outputs(self.student, self.held_out)
         if is_logits(mine):
-            return weight * prediction_loss(mine, self.wanted, temperature).item()
+            return self.settings.kl_weight * prediction_loss(mine, self.wanted, self.settings.temperature).item()
         return feature_loss(floats_of(mine), floats_of(self.wanted)).item()
 
     def _outputs(self, graph: GraphModule, images: Tensor) -> Any:

@@ -40,7 +40,6 @@ RECIPE = Recipe(
     weight_range="minmax",
     activation_range="minmax",
     **dict.fromkeys(("unit_iterations", "scales_iterations", "output_kl_iterations", "finish_iterations"), 3),
-    finish_match_from=0.0,
     **dict.fromkeys(("unit_batch", "output_kl_batch", "finish_batch"), 4),
     finish_checks=1,
 )

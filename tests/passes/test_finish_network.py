@@ -14,7 +14,7 @@ from fxquant.quantizers import UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
 from fxquant.recipe import Recipe
 
-RECIPE = Recipe.FINISH.replace(finish_iterations=6, finish_batch=4, finish_checks=6, finish_warmup=0.0, finish_match_from=0.0)
+RECIPE = Recipe.FINISH.replace(finish_iterations=6, finish_batch=4, finish_checks=6, finish_warmup=0.0)
 X = images(12)
 
 
@@ -52,9 +52,7 @@ def test_the_graph_stays_and_the_values_move(nets, untouched):
 
 def test_it_says_whether_channels_are_held(nets):
     held, free = "held to the float moments while training", "not held to the float moments: scales or biases"
-    near = {"finish_match_from": 1e3}
-    said = "from it, below finish_match_from=1000"
-    for changes, expected in (({}, held), ({"finish_scale_rate": 0.0}, free), (near, said), ({"finish_match": False}, None)):
+    for changes, expected in (({}, held), ({"finish_scale_rate": 0.0}, free), ({"finish_match": False}, None)):
         notes = [note for note in finished(nets, **changes)[1].notes if "moments" in note]
         assert len(notes) == (expected is not None) and all(expected in note for note in notes)
 
