@@ -130,6 +130,7 @@ def test_reconstruction_on_a_network_of_ones_own(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "runs.jsonl").read_text() == before, "a run that is there already was repeated"
 
 
+@pytest.mark.slow
 def test_ablation_on_a_network_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "zoo.py").write_text(ZOO)
     words = ["--ablation", "standard", "twice", "--set", "finish_iterations=2", "finish_batch=8", "--out", str(tmp_path / "out")]
@@ -148,6 +149,7 @@ def test_an_unknown_variant_of_the_ablation_is_named(tmp_path: Path, stopped: Ca
     assert "no variant begins with 'weigths'; there are: standard, without the bias stage" in errors
 
 
+@pytest.mark.slow
 def test_transformers_on_a_network_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "zoo.py").write_text(ZOO)
     words = ["--networks", "cifar10_resnet20", "--settings", "W4A4", "W3A4", "--recipes", "ranges", "erq", "--seeds", "0"]

@@ -95,7 +95,7 @@ NETWORKS = {
 """What makes each quantized tensor, the first layer, the layers that read its output, the last layer."""
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "resnet50")) for name in NETWORKS])
 def test_published_placement(name):
     expected, first, second, last = NETWORKS[name]
     with torch.random.fork_rng():
