@@ -9,7 +9,7 @@ Without ``--file`` it trains a small network on scikit-learn's digits and quanti
 
 A compiled network is not fast from the first call on, so nobody is answered before the warm-up is over:
 * the first call compiles (seconds to a minute): one graph for a single image, another one for batches, perhaps a third for large ones;
-* oneDNN chooses a kernel when it meets a layer at a new batch size (single images have kernels of fxquant's own on many processors).
+* oneDNN chooses a kernel when it meets a layer at a new batch size (where there is AVX-512 VNNI a single image has fxquant's own kernels).
 One call at every size from 1 to the largest ends both. It is made in the thread that serves, with the number of threads set before:
 compiled code holds for that thread's settings alone.
 """

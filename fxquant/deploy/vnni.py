@@ -15,6 +15,7 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,8 @@ def vnni_layer(
     """Return bytes (or float32, where the output has no grid) for bytes ``[N, C, H, W]`` in channels_last, or rows ``[..., I]``.
 
     Args:
+        packed, start, scale, bias: int8, int32, float32 and float32, flat, as `VnniProduct` holds them.
+        residual: bytes of the shape of the output.
         geometry: outputs; of a convolution then kernel, stride, padding and dilation, height and width each, and groups.
         grids: scale and zero-point of the codes; 1 / scale (0: float32 goes out), zero-point, lowest and highest code of the output;
             scale and zero-point of the residual.
@@ -104,18 +107,10 @@ def vnni_layer(
 
 
 @vnni_layer.register_fake
-def _output(
-    codes: Tensor,
-    packed: Tensor,
-    start: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    geometry: list[int],
-    grids: list[float],
-) -> Tensor:
-    """Return an empty output, if the inputs are what pointers to them are taken for."""
-    types = [tensor.dtype for tensor in (codes, packed, start, scale, bias)]
+def _output(*given: Any) -> Tensor:
+    """Return an empty output, if what is given to `vnni_layer` is what pointers to it are taken for."""
+    codes, *constants, residual, geometry, grids = given
+    types = [tensor.dtype for tensor in (codes, *constants)]
     if types != [torch.uint8, torch.int8, torch.int32, torch.float32, torch.float32]:
         raise ValueError(f"a layer of bytes cannot read {', '.join(str(dtype).removeprefix('torch.') for dtype in types)}")
     dtype = torch.uint8 if grids[2] else torch.float32
@@ -166,7 +161,11 @@ class VnniProduct(nn.Module):
         self.grids = [float(value) for value in (layer.input.scale, layer.input.zero_point, *out, *added)]
 
     def forward(self, codes: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return bytes on the grid of the output, or float32 where there is none."""
+        """Return bytes on the grid of the output, or float32 where there is none, for bytes ``[N, C, H, W]`` or ``[..., I]``.
+
+        Raises:
+            ValueError: they have another number of channels, or as `vnni_layer` does.
+        """
         is_linear = len(self.geometry) == 1
         if codes.shape[-1 if is_linear else 1] != self.inputs:
             raise ValueError(f"a layer of {self.inputs} input channels cannot read bytes of shape {tuple(codes.shape)}")

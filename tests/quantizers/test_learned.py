@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxquant.quantizers import QuantSpec, UniformQuantizer
-from fxquant.quantizers.learned import FakeQuantize, LatentWeight, LearnedQuantizer, LearnedScale, Masks, SoftRounding, learned_step, mixed
+from fxquant.quantizers.learned import (
+    FakeQuantize,
+    LatentWeight,
+    LearnedQuantizer,
+    LearnedScale,
+    Masks,
+    SoftRounding,
+    WeightLearner,
+    learned_step,
+    mixed,
+)
 
 SHAPES = {0: (4, 3, 3, 3), 1: (3, 4, 2, 2), None: (5, 7)}
 seeds = st.integers(0, 2**31)
@@ -431,3 +441,9 @@ def test_what_stays_float_on_an_axis():
     assert (y == x).any() and (y != x).any()
     quantizer.drop, quantizer.mix = 0.0, 0.25
     torch.testing.assert_close(quantizer(x).detach(), 0.75 * q(x) + 0.25 * x)
+
+
+def test_a_learner_without_codes_says_so():
+    base = WeightLearner(UniformQuantizer(QuantSpec(4), torch.tensor(0.5), torch.tensor(0.0)), False, False)
+    with pytest.raises(NotImplementedError, match="WeightLearner has no codes"):
+        base.weight()
