@@ -189,9 +189,11 @@ class Recipe:
     """How far contrast, saturation and tint of each view are changed at random, as a share; it falls with finer grids as the square of what
     the rates fall by."""
     finish_holdout: float = 0.0625
-    """Share of the calibration images kept out of the training, to keep the best state by their KL."""
+    """Share of the calibration images kept out of the training, to choose by their KL which state is kept."""
     finish_checks: int = 20
     """How often that is looked at."""
+    finish_margin: float = 2.0
+    """By how many standard errors of their KL an earlier state must be ahead of the last one to be kept instead; 0: the best is kept."""
     finish_match: bool = True
     """Hold mean and spread of the channels of convolutions into which a batch norm was folded to those of the float network, batch by
     batch, as long as the training lasts; scales and biases take that over in the end (`fxquant.reconstruction.matching`)."""

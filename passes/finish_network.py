@@ -31,8 +31,9 @@ class FinishNetwork(Pass):
         min   T^2 KL(teacher / T || student / T)  +  w mean over unit outputs of |f' - f|^2 / |f|^2
 
     The graph stays as it is. Weights are trained in units of their step behind a straight-through round, so they may cross several
-    levels; what is kept is the state with the least KL on held-out calibration images, the starting one included. Convolutions with a
-    folded batch norm are held to the teacher's mean and spread meanwhile (`fxquant.reconstruction.matching`).
+    levels; what is kept is the last state, unless an earlier one has clearly less KL on held-out calibration images, or none has less than
+    the start. Convolutions with a folded batch norm are held to the teacher's mean and spread meanwhile
+    (`fxquant.reconstruction.matching`).
 
     With ``stage="output_kl"`` only the scales of weights and the scales and zero-points of activations move, held to where they start by
     ``lambda_p (|scale / scale0 - 1|^2 + |z - z0|^2)`` (the first stage of CAT's paper; scales are relative so that one lambda_p fits all
@@ -98,7 +99,7 @@ class FinishNetwork(Pass):
             left = "" if outcome.step else ", and left as it was: it did not help there either"
             self.note(f"it diverged; trained again at a tenth of the rates{left}")
         measured = f"loss on the held-out images {outcome.before:.4f} -> {outcome.behind:.4f}"
-        self.note(f"{measured} (KL at temperature {self.settings.temperature:g}), best at step {outcome.step}")
+        self.note(f"{measured} (KL at temperature {self.settings.temperature:g}), kept is step {outcome.step}")
         self.keeper.save(self.stage, iterations, gm, self.log)
 
     def training(self, gm: GraphModule) -> NetworkTraining:
@@ -161,4 +162,4 @@ def finish_settings(recipe: Recipe) -> NetworkSettings:
 
 def output_kl_settings(recipe: Recipe) -> NetworkSettings:
     """Return the constants of the stage ``"output_kl"``."""
-    return recipe.settings(NetworkSettings, "output_kl", checks=recipe.finish_checks)
+    return recipe.settings(NetworkSettings, "output_kl", checks=recipe.finish_checks, margin=recipe.finish_margin)

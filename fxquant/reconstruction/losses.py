@@ -60,13 +60,19 @@ def feature_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor], powers: S
     return torch.stack(ratios).mean()
 
 
+def feature_losses(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Return what each image adds to `feature_loss`, times the number N of images, ``[N]``: their mean is that loss."""
+    places = zip(outputs, targets, powers_of(targets), strict=True)
+    return torch.stack([len(y) * _power((y - t).reshape(len(y), -1), 1) / power.clamp_min(1e-12) for y, t, power in places]).mean(0)
+
+
 def powers_of(targets: Sequence[Tensor]) -> list[Tensor]:
     """Return ``|target|^2`` of each place."""
     return [_power(target) for target in targets]
 
 
-def _power(value: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32)).square()
+def _power(value: Tensor, axis: int | None = None) -> Tensor:
+    return torch.linalg.vector_norm(value, dim=axis, dtype=torch.promote_types(value.dtype, torch.float32)).square()
 
 
 def rounding_loss(hardness: Sequence[Tensor], beta: float) -> Tensor:

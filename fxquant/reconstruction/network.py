@@ -5,7 +5,8 @@
           '-> student (learned quantizers) ----> KL   +   normalized error        ->  weights, scales, biases
 
 Two stages are this loop: the finish, in which everything moves that costs nothing at inference, and the refinement by output KL, in which
-scales and zero-points move a little. Views are made from the number of the step, and what is kept is chosen on held-out calibration images.
+scales and zero-points move a little. Views are made from the number of the step. What is kept is the last state, where the rates have
+fallen to 0, unless held-out calibration images clearly speak for an earlier one.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from torch.fx import GraphModule
 
 from fxquant.execution import bytes_per_image, images_at_once
 from fxquant.graph import fork
+from fxquant.metrics import kl_divergence
 from fxquant.quantizers.learned import LatentWeight
 from fxquant.reconstruction.learners import Learners, without_gradients
-from fxquant.reconstruction.losses import annealed, cosine, feature_loss, powers_of, prediction_loss
+from fxquant.reconstruction.losses import annealed, cosine, feature_loss, feature_losses, powers_of, prediction_loss
 from fxquant.reconstruction.matching import Matching
 from fxquant.reconstruction.unit import WORSE, Show, can_fuse
 from fxquant.reconstruction.views import Views
@@ -53,6 +55,7 @@ class NetworkSettings:
     mix: float = 0.0
     mix_until: float = 0.0
     checks: int = 20
+    margin: float = 2.0
     averaging: float = 0.0
     match: bool = False
     precision: str = "float32"
@@ -61,7 +64,7 @@ class NetworkSettings:
 
 @dataclass
 class Outcome:
-    """What a training came to: the KL of the loss on the held-out images before and behind, and at which step the best was.
+    """What a training came to: the KL of the loss on the held-out images before and behind, and the step of what was kept.
 
     `retried`: it diverged at the rates given (a loss that is not finite, or nothing better than the start and far worse at the end).
     """
@@ -134,7 +137,7 @@ class NetworkTraining:
         self.latents = [learner for learner in learners.weights.values() if isinstance(learner, LatentWeight)]
 
     def run(self, show: Show, state: State | None = None, keep: Callable[[State], None] | None = None) -> Outcome:
-        """Train, and leave the best state in the learners.
+        """Train, and leave what is kept in the learners: the last state, unless an earlier one is clearly better.
 
         Args:
             show: called with (done, total, text).
@@ -149,7 +152,7 @@ class NetworkTraining:
                 return outcome
             self._reset(self.start)
             state = None
-        before = self.held_out_error()
+        before = self.held_out_errors().mean().item()
         return Outcome(before, before, 0, retried=True)
 
     def _train(self, factor: float, show: Show, state: State | None, keep: Callable[[State], None] | None) -> Outcome | None:
@@ -157,10 +160,12 @@ class NetworkTraining:
         groups = [{"params": parameters, "peak": factor * rate} for parameters, rate in self.groups]
         optimizer = torch.optim.Adam(groups, fused=can_fuse(self.parameters))
         average = [value.clone() for value in self.start] if settings.averaging else None
-        before = self.held_out_error()
+        least = self.held_out_errors()
+        before = least.mean().item()
         best, outcome, first = [value.clone() for value in self.start], Outcome(before, before, 0), 0
         if state is not None:
             first = self._restore(state, optimizer, best, average, outcome)
+            least = state["least"].to(self.device)
         every = max(1, settings.iterations // settings.checks)
         for step in range(first, settings.iterations):
             done = step / settings.iterations
@@ -178,18 +183,20 @@ class NetworkTraining:
                     mean.lerp_(value.detach(), 1 - decay)
             if step % 10 == 0 and not torch.isfinite(loss):
                 return None
-            if (step + 1) % every == 0 or step + 1 == settings.iterations:
+            last = step + 1 == settings.iterations
+            if (step + 1) % every == 0 or last:
                 few = min(MOMENT_IMAGES, max(32, every * self.views.size // 8))  # a check costs less than the steps up to it
-                error, reached = self._checked(average, MOMENT_IMAGES if step + 1 == settings.iterations else few)
+                errors, reached = self._checked(average, MOMENT_IMAGES if last else few)
+                error = errors.mean().item()
                 if not error < float("inf"):
                     return None
-                if error < outcome.behind:
-                    outcome.behind, outcome.step, best = error, step + 1, reached
+                if error < outcome.behind or (last and error < before and not clearly_less(least, errors, settings.margin)):
+                    outcome.behind, outcome.step, best, least = error, step + 1, reached, errors
                 if keep:
-                    keep(self._state(step + 1, factor, optimizer, best, average, outcome))
+                    keep(self._state(step + 1, factor, optimizer, best, average, outcome) | {"least": least})
             if step % 10 == 9:
                 show(step + 1, settings.iterations, f"loss {loss.item():.4f}, held out {outcome.behind:.4f}")
-        if not outcome.step and not self._checked(average)[0] <= max(WORSE * before, before + HARMLESS):
+        if not outcome.step and not self._checked(average)[0].mean() <= max(WORSE * before, before + HARMLESS):
             return None
         self._reset(best)
         self._mix(0.0)
@@ -239,14 +246,15 @@ class NetworkTraining:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
 
     @torch.no_grad()
-    def held_out_error(self) -> float:
-        """Return the first term of the loss on the held-out images, all quantizers hard: ``T^2 KL`` to the float network at temperature T;
-        where there are no logits, the normalized error of the outputs."""
+    def held_out_errors(self) -> Tensor:
+        """Return the first term of the loss ``[N]`` of each held-out image, all quantizers hard: ``T^2 KL`` to the float network at
+        temperature T; where there are no logits, the normalized error of the outputs."""
         self._mix(0.0)
         mine = self._outputs(self.student, self.held_out)
         if is_logits(mine):
-            return self.settings.kl_weight * prediction_loss(mine, self.wanted, self.settings.temperature).item()
-        return feature_loss(floats_of(mine), floats_of(self.wanted)).item()
+            temperature = self.settings.temperature
+            return self.settings.kl_weight * kl_divergence(mine.float() / temperature, self.wanted.float() / temperature)
+        return feature_losses(floats_of(mine), floats_of(self.wanted))
 
     def _outputs(self, graph: GraphModule, images: Tensor) -> Any:
         parts = [graph(part)[0] for part in images.split(self.at_once)]
@@ -254,16 +262,16 @@ class NetworkTraining:
             return torch.cat(parts)
         return [torch.cat(values) for values in zip(*map(tensors_of, parts), strict=True)]
 
-    def _checked(self, average: list[Tensor] | None, count: int = MOMENT_IMAGES) -> tuple[float, list[Tensor]]:
-        """Return the error on the held-out images of what would stay if training ended here, with moments of `count` images, and what that
-        is."""
+    def _checked(self, average: list[Tensor] | None, count: int = MOMENT_IMAGES) -> tuple[Tensor, list[Tensor]]:
+        """Return the errors ``[N]`` of the held-out images with what would stay if training ended here, with moments of `count` images, and
+        what that is."""
         now = self._copies()
         if average is not None:
             self._reset(average)
         if self.matching:
             self._mix(0.0)
             self.matching.fold(lambda: self._run_for_moments(count))
-        found = self.held_out_error(), self._copies()
+        found = self.held_out_errors(), self._copies()
         self._reset(now)
         return found
 
@@ -318,6 +326,16 @@ class NetworkTraining:
                 value = state[f"adam.{index}.{key}"]
                 optimizer.state[parameter][key] = value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
         return int(step)
+
+
+def clearly_less(errors: Tensor, others: Tensor, margin: float) -> bool:
+    """Say whether `errors` are below `others`, image by image ``[N]``, by more than `margin` standard errors of the mean difference.
+
+    Of the two states the images are the same, and differ from each other far more than the states do: so differences are what is compared.
+    """
+    gained = others - errors
+    noise = gained.std().item() / math.sqrt(len(gained)) if len(gained) > 1 else 0.0
+    return gained.mean().item() > margin * noise
 
 
 def with_features(gm: GraphModule, nodes: Sequence[str]) -> GraphModule:

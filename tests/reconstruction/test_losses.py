@@ -17,6 +17,7 @@ from fxquant.reconstruction.losses import (
     channel_loss,
     cosine,
     feature_loss,
+    feature_losses,
     full_fisher_loss,
     prediction_loss,
     rounding_loss,
@@ -88,6 +89,15 @@ def test_feature_loss_weighs_every_place_the_same():
     assert feature_loss([torch.zeros(3)], [torch.zeros(3)]).item() == 0
     small = [torch.full((4,), 2.0, dtype=torch.bfloat16)], [torch.full((4,), 1.0, dtype=torch.bfloat16)]
     assert feature_loss(*small).item() == 1 and feature_loss(*small).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.complex64])
+def test_the_feature_losses_of_images_are_those_of_their_errors_and_have_its_mean(kind):
+    outputs, targets = ([torch.randn(5, 3, 4, dtype=kind), torch.randn(5, dtype=kind)] for _ in range(2))
+    found = feature_losses(outputs, targets)
+    assert found.shape == (5,) and found.mean().item() == pytest.approx(feature_loss(outputs, targets).item(), rel=1e-5)
+    image = [5 * (y[2] - t[2]).abs().square().sum() / t.abs().square().sum() for y, t in zip(outputs, targets, strict=True)]
+    assert found[2].item() == pytest.approx(sum(image).item() / 2, rel=1e-5)
 
 
 @given(st.floats(1, 30))
