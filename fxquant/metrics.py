@@ -1,4 +1,4 @@
-"""The few numbers everything is judged by: KL, agreement and top-1 on logits, signal-to-noise on tensors."""
+"""The few numbers everything is judged by: KL, agreement and top-1 on logits, signal-to-noise on tensors, and what of it is no noise."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ def agreement(student: Tensor, teacher: Tensor) -> float:
 def top1(logits: Tensor, labels: Tensor) -> float:
     """Return the share of images, in percent, whose arg-max over logits ``[N, C]`` is the label ``[N]``."""
     return 100 * (logits.argmax(1) == labels).double().mean().item()
+
+
+def standard_error(difference: Tensor) -> float:
+    """Return the standard error of the mean of ``[G]`` differences; of a single one, infinity."""
+    return (difference.std() / len(difference) ** 0.5).item() if len(difference) > 1 else float("inf")
+
+
+def exceeds(gain: Tensor, errors: float) -> bool:
+    """Tell whether the mean of ``gain [G]`` is above 0 by more than so many standard errors."""
+    return gain.mean().item() > (errors * standard_error(gain) if errors else 0.0)
 
 
 def sqnr(signal: Tensor, approximation: Tensor) -> float:

@@ -173,8 +173,8 @@ class Recipe:
     for, and steps as large as those for two bits would add more noise than they take away."""
     finish_warmup: float = 0.02
     """Share of the iterations in which the rates rise; then they fall along a cosine."""
-    finish_temperature: float = 4.0
-    """Temperature of the KL of the logits, which is weighted by its square."""
+    finish_temperature: float = 1.0
+    """Temperature T of the KL of the logits, which is weighted by its square."""
     finish_feature_weight: float = 100.0
     """Weight of the normalized error at unit outputs."""
     finish_mix: float = 0.0
@@ -193,7 +193,10 @@ class Recipe:
     finish_checks: int = 20
     """How often that is looked at."""
     finish_margin: float = 2.0
-    """By how many standard errors of their KL an earlier state must be ahead of the last one to be kept instead; 0: the best is kept."""
+    """How many standard errors of the mean difference, image by image, the best state must be ahead of the last one by to be kept
+    instead; 0: the best is always kept."""
+    finish_holdout_temperature: float = 4.0
+    """Temperature of the KL by which held-out images judge."""
     finish_match: bool = True
     """Hold mean and spread of the channels of convolutions into which a batch norm was folded to those of the float network, batch by
     batch, as long as the training lasts; scales and biases take that over in the end (`fxquant.reconstruction.matching`)."""

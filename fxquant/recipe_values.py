@@ -50,7 +50,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("unit_rounding_weight", "unit_kl_weight", "unit_correction_pull", "output_kl_penalty"), (0.0, 1e9)),
     "finish_feature_weight": (0.0, 1e9),
     **dict.fromkeys(("finish_level_power", "finish_fine_power"), (0.0, 2.0)),
-    **dict.fromkeys(("unit_kl_temperature", "output_kl_temperature", "finish_temperature"), (1e-3, 1e3)),
+    **dict.fromkeys(("unit_kl_temperature", "output_kl_temperature", "finish_temperature", "finish_holdout_temperature"), (1e-3, 1e3)),
     **dict.fromkeys(("unit_beta_start", "unit_beta_end"), (1.0, 1e3)),
     "scales_p": (1.0, 10.0),
     **dict.fromkeys(("unit_warmup", "unit_drop", "unit_input_drop", "finish_mix", "finish_mix_until", "finish_blend"), (0.0, 1.0)),

@@ -20,6 +20,7 @@ from fxquant.reconstruction.learners import Learners, put_modules
 from fxquant.reconstruction.network import NetworkSettings, NetworkTraining
 from fxquant.reconstruction.norms import NORMS
 from fxquant.reconstruction.views import Views
+from fxquant.tree import is_logits
 from fxquant.units import cut
 
 
@@ -31,8 +32,8 @@ class FinishNetwork(Pass):
         min   T^2 KL(teacher / T || student / T)  +  w mean over unit outputs of |f' - f|^2 / |f|^2
 
     The graph stays as it is. Weights are trained in units of their step behind a straight-through round, so they may cross several
-    levels; what is kept is the last state, unless an earlier one has clearly less KL on held-out calibration images, or none has less than
-    the start. Convolutions with a folded batch norm are held to the teacher's mean and spread meanwhile
+    levels; what is kept is the last state; the best one (the start included) where it has clearly less KL on held-out calibration images,
+    or where the last has no less than the start. Convolutions with a folded batch norm are held to the teacher's mean and spread meanwhile
     (`fxquant.reconstruction.matching`).
 
     With ``stage="output_kl"`` only the scales of weights and the scales and zero-points of activations move, held to where they start by
@@ -98,8 +99,9 @@ class FinishNetwork(Pass):
         if outcome.retried:
             left = "" if outcome.step else ", and left as it was: it did not help there either"
             self.note(f"it diverged; trained again at a tenth of the rates{left}")
-        measured = f"loss on the held-out images {outcome.before:.4f} -> {outcome.behind:.4f}"
-        self.note(f"{measured} (KL at temperature {self.settings.temperature:g}), kept is step {outcome.step}")
+        measured = f"error on the held-out images {outcome.before:.4f} -> {outcome.behind:.4f}"
+        kind = f"T^2 KL at T = {self.settings.holdout_temperature:g}" if is_logits(training.wanted) else "of the outputs, over their power"
+        self.note(f"{measured} ({kind}), kept: {f'step {outcome.step}' if outcome.step else 'the start'}")
         self.keeper.save(self.stage, iterations, gm, self.log)
 
     def training(self, gm: GraphModule) -> NetworkTraining:
@@ -162,4 +164,5 @@ def finish_settings(recipe: Recipe) -> NetworkSettings:
 
 def output_kl_settings(recipe: Recipe) -> NetworkSettings:
     """Return the constants of the stage ``"output_kl"``."""
-    return recipe.settings(NetworkSettings, "output_kl", checks=recipe.finish_checks, margin=recipe.finish_margin)
+    temperature = recipe.output_kl_temperature
+    return recipe.settings(NetworkSettings, "output_kl", checks=recipe.finish_checks, margin=0.0, holdout_temperature=temperature)

@@ -31,6 +31,8 @@ FINISH = {
     "checks": 7,
     "averaging": 0.9,
     "match": False,
+    "margin": 1.5,
+    "holdout_temperature": 2.5,
 }
 """Values that no default has."""
 
@@ -120,7 +122,7 @@ def test_every_constant_of_the_network_wise_stages_comes_from_the_recipe():
     assert finish_settings(changed) == NetworkSettings(kl_weight=9.0, **FINISH, **words)
     assert finish_settings(Recipe()).match and not output_kl_settings(Recipe()).match
     changed = Recipe(**words, finish_checks=7, output_kl_iterations=11, output_kl_temperature=3.0, output_kl_penalty=0.7)
-    wanted = NetworkSettings(iterations=11, temperature=3.0, penalty=0.7, checks=7, **words)
+    wanted = NetworkSettings(iterations=11, temperature=3.0, penalty=0.7, checks=7, margin=0.0, holdout_temperature=3.0, **words)
     assert output_kl_settings(changed) == wanted
 
 

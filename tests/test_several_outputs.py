@@ -99,6 +99,7 @@ FORMS: dict[str, Callable[[Tensor], object]] = {
     "mask": lambda y: {"scores": y, "above": y > 0},
     "dataclass": lambda y: Found(y, y.argmax(1)),
     "size": lambda y: (y, y.argmax(1), y.shape[0]),
+    "in front": lambda y: (y, y.argmax(1), y.t()),  # no row for each image
 }
 RECIPES = [
     fxquant.Recipe.FAST,

@@ -22,7 +22,7 @@ from torch import Tensor
 from fxquant.cat.fit import SHRINKAGE, Fitter, check_logits
 from fxquant.cat.module import CAT
 from fxquant.errors import CATError
-from fxquant.metrics import kl_divergence
+from fxquant.metrics import exceeds, kl_divergence, standard_error
 
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 CLUSTERS = (1, 2, 4, 8, 16, 64)
@@ -181,13 +181,3 @@ def split_folds(images: int, groups: Tensor | None, folds: int, seed: int) -> tu
     fold = torch.empty_like(order)
     fold[order] = torch.arange(len(names)) % folds
     return group, fold[group]
-
-
-def standard_error(difference: Tensor) -> float:
-    """Return the standard error of the mean of ``[G]`` differences."""
-    return (difference.std() / len(difference) ** 0.5).item()
-
-
-def exceeds(gain: Tensor, errors: float) -> bool:
-    """Tell whether the mean of ``gain [G]`` is above 0 by more than so many standard errors."""
-    return gain.mean().item() > errors * standard_error(gain)

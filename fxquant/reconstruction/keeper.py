@@ -1,7 +1,7 @@
 """What a checkpoint of a learning run holds, and how a run goes on from it.
 
 student.<path>.<field>      every quantized layer and activation quantizer, as learned so far
-training.<name>             the inside of a network-wise stage (parameters, Adam's moments, the best state)
+training.<name>             the inside of a network-wise stage (parameters, Adam's moments, what is kept so far and its errors)
 state                       the stage, how many of its units or steps are done, and what its log says so far
 """
 

@@ -60,10 +60,17 @@ def feature_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor], powers: S
     return torch.stack(ratios).mean()
 
 
-def feature_losses(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Return what each image adds to `feature_loss`, times the number N of images, ``[N]``: their mean is that loss."""
-    places = zip(outputs, targets, powers_of(targets), strict=True)
-    return torch.stack([len(y) * _power((y - t).reshape(len(y), -1), 1) / power.clamp_min(1e-12) for y, t, power in places]).mean(0)
+def feature_losses(outputs: Sequence[Tensor], targets: Sequence[Tensor], count: int) -> Tensor:
+    """Return what each of `count` images adds to `feature_loss`, times their number: the mean of these ``[count]`` is that loss.
+
+    A place that has no row for each image (anchors, tokens in front) counts alike for all.
+    """
+    ratios = []
+    for y, t, power in zip(outputs, targets, powers_of(targets), strict=True):
+        apart = len(y) == count and y.numel() > 0
+        errors = count * _power((y - t).reshape(count, -1), 1) if apart else _power(y - t).expand(count)
+        ratios.append(errors / power.clamp_min(1e-12))
+    return torch.stack(ratios).mean(0)
 
 
 def powers_of(targets: Sequence[Tensor]) -> list[Tensor]:

@@ -6,7 +6,7 @@
 
 Two stages are this loop: the finish, in which everything moves that costs nothing at inference, and the refinement by output KL, in which
 scales and zero-points move a little. Views are made from the number of the step. What is kept is the last state, where the rates have
-fallen to 0, unless held-out calibration images clearly speak for an earlier one.
+fallen to 0, unless another is clearly better on held-out calibration images; or the best one, where the last is no better than the start.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 
 from fxquant.execution import bytes_per_image, images_at_once
 from fxquant.graph import fork
-from fxquant.metrics import kl_divergence
+from fxquant.metrics import exceeds, kl_divergence
 from fxquant.quantizers.learned import LatentWeight
 from fxquant.reconstruction.learners import Learners, without_gradients
 from fxquant.reconstruction.losses import annealed, cosine, feature_loss, feature_losses, powers_of, prediction_loss
@@ -56,6 +56,7 @@ class NetworkSettings:
     mix_until: float = 0.0
     checks: int = 20
     margin: float = 2.0
+    holdout_temperature: float = 4.0
     averaging: float = 0.0
     match: bool = False
     precision: str = "float32"
@@ -64,7 +65,7 @@ class NetworkSettings:
 
 @dataclass
 class Outcome:
-    """What a training came to: the KL of the loss on the held-out images before and behind, and the step of what was kept.
+    """What a training came to: the error on the held-out images before and behind, and the step of what was kept.
 
     `retried`: it diverged at the rates given (a loss that is not finite, or nothing better than the start and far worse at the end).
     """
@@ -137,7 +138,7 @@ class NetworkTraining:
         self.latents = [learner for learner in learners.weights.values() if isinstance(learner, LatentWeight)]
 
     def run(self, show: Show, state: State | None = None, keep: Callable[[State], None] | None = None) -> Outcome:
-        """Train, and leave what is kept in the learners: the last state, unless an earlier one is clearly better.
+        """Train, and leave what is kept in the learners.
 
         Args:
             show: called with (done, total, text).
@@ -160,12 +161,11 @@ class NetworkTraining:
         groups = [{"params": parameters, "peak": factor * rate} for parameters, rate in self.groups]
         optimizer = torch.optim.Adam(groups, fused=can_fuse(self.parameters))
         average = [value.clone() for value in self.start] if settings.averaging else None
-        least = self.held_out_errors()
-        before = least.mean().item()
-        best, outcome, first = [value.clone() for value in self.start], Outcome(before, before, 0), 0
+        kept, kept_errors = [value.clone() for value in self.start], self.held_out_errors()
+        before = kept_errors.mean().item()
+        outcome, first = Outcome(before, before, 0), 0
         if state is not None:
-            first = self._restore(state, optimizer, best, average, outcome)
-            least = state["least"].to(self.device)
+            first = self._restore(state, optimizer, [*kept, kept_errors], average, outcome)
         every = max(1, settings.iterations // settings.checks)
         for step in range(first, settings.iterations):
             done = step / settings.iterations
@@ -190,15 +190,15 @@ class NetworkTraining:
                 error = errors.mean().item()
                 if not error < float("inf"):
                     return None
-                if error < outcome.behind or (last and error < before and not clearly_less(least, errors, settings.margin)):
-                    outcome.behind, outcome.step, best, least = error, step + 1, reached, errors
+                if error < outcome.behind or (last and error < outcome.before and not exceeds(errors - kept_errors, settings.margin)):
+                    outcome.behind, outcome.step, kept, kept_errors = error, step + 1, reached, errors
                 if keep:
-                    keep(self._state(step + 1, factor, optimizer, best, average, outcome) | {"least": least})
+                    keep(self._state(step + 1, factor, optimizer, [*kept, kept_errors], average, outcome))
             if step % 10 == 9:
                 show(step + 1, settings.iterations, f"loss {loss.item():.4f}, held out {outcome.behind:.4f}")
         if not outcome.step and not self._checked(average)[0].mean() <= max(WORSE * before, before + HARMLESS):
             return None
-        self._reset(best)
+        self._reset(kept)
         self._mix(0.0)
         return outcome
 
@@ -247,14 +247,15 @@ class NetworkTraining:
 
     @torch.no_grad()
     def held_out_errors(self) -> Tensor:
-        """Return the first term of the loss ``[N]`` of each held-out image, all quantizers hard: ``T^2 KL`` to the float network at
-        temperature T; where there are no logits, the normalized error of the outputs."""
+        """Return what each held-out image ``[N]`` is judged by, all quantizers hard: ``T^2 KL`` to the float network at a temperature T of
+        its own; where there are no logits, the normalized error of the outputs."""
         self._mix(0.0)
         mine = self._outputs(self.student, self.held_out)
         if is_logits(mine):
-            temperature = self.settings.temperature
-            return self.settings.kl_weight * kl_divergence(mine.float() / temperature, self.wanted.float() / temperature)
-        return feature_losses(floats_of(mine), floats_of(self.wanted))
+            temperature = self.settings.holdout_temperature
+            mine, wanted = (logits.cpu().double() / temperature for logits in (mine, self.wanted))
+            return temperature**2 * kl_divergence(mine, wanted)
+        return feature_losses(floats_of(mine), floats_of(self.wanted), len(self.held_out))
 
     def _outputs(self, graph: GraphModule, images: Tensor) -> Any:
         parts = [graph(part)[0] for part in images.split(self.at_once)]
@@ -296,12 +297,12 @@ class NetworkTraining:
             parameter.copy_(value)
 
     def _state(
-        self, step: int, factor: float, optimizer: torch.optim.Optimizer, best: list[Tensor], average: list[Tensor] | None, outcome: Outcome
+        self, step: int, factor: float, optimizer: torch.optim.Optimizer, kept: list[Tensor], average: list[Tensor] | None, outcome: Outcome
     ) -> State:
         figures = torch.tensor([step, outcome.before, outcome.behind, outcome.step, factor], dtype=torch.float64)
-        state = {"figures": figures}
+        state = {"figures": figures} | {f"kept.{index}": value for index, value in enumerate(kept)}
         for index, parameter in enumerate(self.parameters):
-            state |= {f"now.{index}": parameter.detach(), f"best.{index}": best[index]}
+            state[f"now.{index}"] = parameter.detach()
             state |= {f"adam.{index}.{key}": value for key, value in optimizer.state[parameter].items()}
             if average is not None:
                 state[f"average.{index}"] = average[index]
@@ -311,31 +312,22 @@ class NetworkTraining:
         self,
         state: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
-        best: list[Tensor],
+        kept: list[Tensor],
         average: list[Tensor] | None,
         outcome: Outcome,
     ) -> int:
-        step, outcome.before, outcome.behind, best_step, _ = state["figures"].tolist()
-        outcome.step = int(best_step)
+        step, outcome.before, outcome.behind, kept_step, _ = state["figures"].tolist()
+        outcome.step = int(kept_step)
+        for index, value in enumerate(kept):
+            value.copy_(state[f"kept.{index}"])
         self._reset([state[f"now.{index}"].to(self.device) for index in range(len(self.parameters))])
         for index, parameter in enumerate(self.parameters):
-            best[index].copy_(state[f"best.{index}"])
             if average is not None:
                 average[index].copy_(state[f"average.{index}"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 value = state[f"adam.{index}.{key}"]
                 optimizer.state[parameter][key] = value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
         return int(step)
-
-
-def clearly_less(errors: Tensor, others: Tensor, margin: float) -> bool:
-    """Say whether `errors` are below `others`, image by image ``[N]``, by more than `margin` standard errors of the mean difference.
-
-    Of the two states the images are the same, and differ from each other far more than the states do: so differences are what is compared.
-    """
-    gained = others - errors
-    noise = gained.std().item() / math.sqrt(len(gained)) if len(gained) > 1 else 0.0
-    return gained.mean().item() > margin * noise
 
 
 def with_features(gm: GraphModule, nodes: Sequence[str]) -> GraphModule:

@@ -94,10 +94,18 @@ def test_feature_loss_weighs_every_place_the_same():
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.complex64])
 def test_the_feature_losses_of_images_are_those_of_their_errors_and_have_its_mean(kind):
     outputs, targets = ([torch.randn(5, 3, 4, dtype=kind), torch.randn(5, dtype=kind)] for _ in range(2))
-    found = feature_losses(outputs, targets)
+    found = feature_losses(outputs, targets, 5)
     assert found.shape == (5,) and found.mean().item() == pytest.approx(feature_loss(outputs, targets).item(), rel=1e-5)
     image = [5 * (y[2] - t[2]).abs().square().sum() / t.abs().square().sum() for y, t in zip(outputs, targets, strict=True)]
     assert found[2].item() == pytest.approx(sum(image).item() / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (3, 5, 4), (6,), (0, 4)])
+def test_what_has_no_row_for_each_image_counts_alike_for_all(shape):
+    outputs, targets = [torch.randn(5, 3), torch.randn(shape)], [torch.randn(5, 3), torch.randn(shape)]
+    found, apart = feature_losses(outputs, targets, 5), feature_losses(outputs[:1], targets[:1], 5)
+    assert found.mean().item() == pytest.approx(feature_loss(outputs, targets).item(), rel=1e-5)
+    torch.testing.assert_close(found - apart / 2, (feature_loss(outputs[1:], targets[1:]) / 2).expand(5))
 
 
 @given(st.floats(1, 30))

@@ -135,11 +135,11 @@ def test_how_many_images_are_trained_on_at_once_follows_the_largest_value(nets, 
     assert training_of(pair(Net(lambda s, x: s.fc(s.conv(x).flatten(1)), **weights), 2, 3)).at_once == 3
 
 
-def test_the_error_on_the_held_out_images_is_the_kl_that_is_minimized(nets):
-    training = training_of(nets)
+def test_the_error_on_the_held_out_images_is_the_kl_at_a_temperature_of_its_own(nets):
+    training = training_of(nets, replace(PLAIN, holdout_temperature=3.0))
     for quantizer in training.learners.activations.values():
         quantizer.mix = 0.5
-    assert training.held_out_errors().mean().item() == pytest.approx(4 * kl(nets[0](X[HELD]), nets[1](X[HELD]), 2.0).item(), rel=1e-4)
+    assert training.held_out_errors().mean().item() == pytest.approx(9 * kl(nets[0](X[HELD]), nets[1](X[HELD]), 3.0).item(), rel=1e-4)
     assert all(quantizer.mix == 0 for quantizer in training.learners.activations.values())
 
 
@@ -174,9 +174,12 @@ NOISY = [[1.0, 9.0, 3.0, 2.0], [0.5, 8.0, 2.0, 1.5], [0.9, 7.0, 2.9, 1.5]]
         (FAR, 2.0, 2),  # by .3 on each image, and always the same: the earlier state is the better one
         (NOISY, 2.0, 4),  # .4, .9 and 0 worse, and 1 better: that says nothing, and the last state stays
         (NOISY, 0.0, 2),  # the best
-        ([NOISY[0], NOISY[1], [0.8, 9.0, 4.0, 2.0]], 2.0, 2),  # the last one is no better than the start
+        ([NOISY[0], NOISY[1], [0.4, 13.0, 1.9, 1.4]], 2.0, 2),  # the last one is no better than the start
         ([NOISY[0], NOISY[2], NOISY[1]], 2.0, 4),
-        ([[1.0], [0.4], [0.5]], 2.0, 2),  # a single image has no standard error
+        ([[1.0] * 4, [0.5] * 4, [0.6, 0.8, 0.7, 0.9]], 2.0, 2),  # .25 on average, with a standard error of .065
+        ([[1.0] * 4, [0.5] * 4, [0.6, 0.8, 0.7, 0.9]], 5.0, 4),
+        ([[1.0], [0.4], [0.5]], 2.0, 4),  # a single image has no standard error, and says nothing,
+        ([[1.0], [0.4], [0.5]], 0.0, 2),  # unless nothing more is asked for
         ([[1.0] * 4, [1.1] * 4, [1.05] * 4], 2.0, 0),
     ],
 )
@@ -187,6 +190,18 @@ def test_the_last_state_is_kept_unless_an_earlier_one_is_clearly_better(nets, mo
     outcome = training.run(quiet, keep=lambda state: states.append([state[f"now.{index}"].clone() for index in range(len(training.start))]))
     assert (outcome.step, outcome.behind) == (kept, pytest.approx(torch.tensor(errors[kept // 2]).mean().item()))
     assert all(map(torch.equal, values(training), [training.start, *states][kept // 2]))
+
+
+def test_going_on_remembers_the_errors_of_what_was_kept(nets, monkeypatch):
+    settings, states = replace(PLAIN, iterations=4, checks=2), []
+
+    def run(errors: list[list[float]], state: dict[str, Tensor] | None) -> int:
+        training, told = training_of(nets, settings), iter(errors)
+        monkeypatch.setattr(training, "held_out_errors", lambda: torch.tensor(next(told)))
+        return training.run(quiet, state, lambda reached: states.append({name: value.clone() for name, value in reached.items()})).step
+
+    assert run(FAR, None) == 2
+    assert run([FAR[0], FAR[2]], states[0]) == 2
 
 
 @pytest.mark.parametrize("averaging", [0.0, 0.9])
