@@ -65,18 +65,22 @@ class FakeQuantize(torch.autograd.Function):
             dx = torch.lerp(gradient, dx, keep)
         dscale = dzero = None
         if ctx.needs_input_grad[1]:
-            dscale = (_total(gradient, out) - _total(dx, x)) / scale
+            dscale = (inner_product(gradient, out) - inner_product(dx, x)) / scale
         if ctx.needs_input_grad[2]:
-            dzero = (_total(dx) - _total(gradient)) * scale
+            dzero = (dx - gradient).sum(dtype=torch.promote_types(dx.dtype, torch.float32)) * scale
         return dx, _typed_as(dscale, scale), _typed_as(dzero, scale), None, None, None
 
 
-def _total(values: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the sum of `values`, or of their products with `weights`, in float32 at least."""
+def inner_product(values: Tensor, others: Tensor) -> Tensor:
+    """Return the sum of the products of the elements of two tensors of one shape, in float32 at least."""
     wide = torch.promote_types(values.dtype, torch.float32)
-    if weights is None:
-        return values.sum(dtype=wide)
-    return (values * weights if values.dtype == wide else values.to(wide) * weights).sum()
+    if values.is_cpu and values.dtype == others.dtype == wide and _is_one_block(values) and values.stride() == others.stride():
+        return torch.dot(*(each.as_strided((each.numel(),), (1,)) for each in (values, others)))  # no product is written to memory
+    return (values * others if values.dtype == wide else values.to(wide) * others).sum()
+
+
+def _is_one_block(values: Tensor) -> bool:
+    return values.is_contiguous() or values.is_contiguous(memory_format=torch.channels_last)
 
 
 def learned_step(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:

@@ -17,9 +17,32 @@ from fxquant.quantizers.learned import (
     Masks,
     SoftRounding,
     WeightLearner,
+    inner_product,
     learned_step,
     mixed,
 )
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(1, 3),
+    "part": lambda x: x[:, ::2],
+    "expanded": lambda x: x[:1].expand_as(x),
+    "from the middle": lambda x: x[1:],
+}
+
+
+@pytest.mark.parametrize("first", LAYOUTS)
+@pytest.mark.parametrize("second", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_inner_products_do_not_depend_on_how_tensors_lie(first, second, dtype):
+    x, y = LAYOUTS[first](random(4, 6, 5, 6, dtype=dtype)), LAYOUTS[second](random(4, 6, 5, 6, seed=1, dtype=dtype))
+    shape = [min(sizes) for sizes in zip(x.shape, y.shape, strict=True)]
+    x, y = (value[tuple(map(slice, shape))] for value in (x, y))
+    exact = (x.double() * y.double()).sum().item()
+    assert inner_product(x, y).item() == pytest.approx(exact, rel=1e-4, abs=1e-4)
+    assert inner_product(x, y).dtype == torch.promote_types(dtype, torch.float32)
+
 
 SHAPES = {0: (4, 3, 3, 3), 1: (3, 4, 2, 2), None: (5, 7)}
 seeds = st.integers(0, 2**31)

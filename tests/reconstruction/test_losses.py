@@ -45,6 +45,17 @@ def test_channel_loss_against_loops(shape, p, weighted):
     assert channel_loss(a, b, p, importance).item() == pytest.approx(total / count, rel=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5, 2)])
+def test_the_gradient_of_a_squared_channel_loss(shape):
+    x, y = random(*shape).requires_grad_(), random(*shape, seed=1)
+    (3 * channel_loss(x, y)).backward()
+    torch.testing.assert_close(x.grad, 6 * (x - y).detach() / (x.numel() / 4))
+    assert torch.autograd.gradcheck(lambda value: channel_loss(value, y), x)
+    both = x.detach().requires_grad_(), y.clone().requires_grad_()
+    channel_loss(*both).backward()
+    torch.testing.assert_close(both[0].grad, -both[1].grad)
+
+
 @pytest.mark.parametrize("p", [2.0, 2.4])
 def test_channel_loss_has_a_gradient_of_zero_at_no_error(p):
     x = random(3, 4).requires_grad_()
