@@ -1,4 +1,4 @@
-"""The few numbers everything is judged by: KL, agreement and top-1 on logits, signal-to-noise on tensors, and what of it is no noise."""
+"""The few numbers everything is judged by: KL, agreement and top-1 on logits, signal-to-noise on tensors, standard errors."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def standard_error(difference: Tensor) -> float:
     return (difference.std() / len(difference) ** 0.5).item() if len(difference) > 1 else float("inf")
 
 
-def exceeds(gain: Tensor, errors: float) -> bool:
-    """Tell whether the mean of ``gain [G]`` is above 0 by more than so many standard errors."""
-    return gain.mean().item() > (errors * standard_error(gain) if errors else 0.0)
+def exceeds(gain: Tensor, margin: float) -> bool:
+    """Tell whether the mean of ``gain [G]`` is above 0 by more than `margin` standard errors."""
+    return gain.mean().item() > (margin * standard_error(gain) if margin else 0.0)
 
 
 def sqnr(signal: Tensor, approximation: Tensor) -> float:

@@ -194,9 +194,9 @@ class Recipe:
     """How often that is looked at."""
     finish_margin: float = 2.0
     """How many standard errors of the mean difference, image by image, the best state must be ahead of the last one by to be kept
-    instead; 0: the best is always kept."""
+    instead; where the last one is no better than the start, the best is kept anyway. 0: always the best, as `output_kl` does."""
     finish_holdout_temperature: float = 4.0
-    """Temperature of the KL by which held-out images judge."""
+    """Temperature T of the KL (times ``T^2``) on the held-out images."""
     finish_match: bool = True
     """Hold mean and spread of the channels of convolutions into which a batch norm was folded to those of the float network, batch by
     batch, as long as the training lasts; scales and biases take that over in the end (`fxquant.reconstruction.matching`)."""

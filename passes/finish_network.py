@@ -33,12 +33,12 @@ class FinishNetwork(Pass):
 
     The graph stays as it is. Weights are trained in units of their step behind a straight-through round, so they may cross several
     levels; what is kept is the last state; the best one (the start included) where it has clearly less KL on held-out calibration images,
-    or where the last has no less than the start. Convolutions with a folded batch norm are held to the teacher's mean and spread meanwhile
-    (`fxquant.reconstruction.matching`).
+    or where the last has no less than the start. Convolutions with a folded batch norm are held to the teacher's mean and spread
+    meanwhile (`fxquant.reconstruction.matching`).
 
     With ``stage="output_kl"`` only the scales of weights and the scales and zero-points of activations move, held to where they start by
     ``lambda_p (|scale / scale0 - 1|^2 + |z - z0|^2)`` (the first stage of CAT's paper; scales are relative so that one lambda_p fits all
-    layers).
+    layers), and the best state is kept.
 
     Args:
         teacher: the float graph.

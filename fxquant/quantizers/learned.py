@@ -23,6 +23,9 @@ from fxquant.quantizers.affine import QuantSpec, UniformQuantizer, along
 STRETCH = (-0.1, 1.1)
 """The ends gamma and zeta that the sigmoid of soft rounding is stretched to before it is clamped to 0..1 (AdaRound, eq. 23)."""
 
+_BLOCK = 2**16
+"""Elements whose products are added one after another."""
+
 _SMALLEST = 1e-3
 """No learned scale gets below this share of where it started: at zero it would stay, and divide by it."""
 
@@ -75,7 +78,9 @@ def inner_product(values: Tensor, others: Tensor) -> Tensor:
     """Return the sum of the products of the elements of two tensors of one shape, in float32 at least."""
     wide = torch.promote_types(values.dtype, torch.float32)
     if values.is_cpu and values.dtype == others.dtype == wide and _is_one_block(values) and values.stride() == others.stride():
-        return torch.dot(*(each.as_strided((each.numel(),), (1,)) for each in (values, others)))  # no product is written to memory
+        # No product is written to memory; block by block, as one sum from end to end loses digits.
+        blocks = zip(*(each.as_strided((each.numel(),), (1,)).split(_BLOCK) for each in (values, others)), strict=True)
+        return torch.stack([torch.dot(*pair) for pair in blocks]).sum()
     return (values * others if values.dtype == wide else values.to(wide) * others).sum()
 
 

@@ -45,6 +45,7 @@ class SquaredError(torch.autograd.Function):
         return inner_product(error, error)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
         """Return ``2 (output - target)`` times the gradient of the sum."""
         (error,), (gradient,) = ctx.saved_tensors, gradients
@@ -83,7 +84,7 @@ def feature_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor], powers: S
 
 
 def feature_losses(outputs: Sequence[Tensor], targets: Sequence[Tensor], count: int) -> Tensor:
-    """Return what each of `count` images adds to `feature_loss`, times their number: the mean of these ``[count]`` is that loss.
+    """Return errors ``[count]``, one an image, whose mean is `feature_loss`.
 
     A place that has no row for each image (anchors, tokens in front) counts alike for all.
     """

@@ -6,7 +6,8 @@
 
 Two stages are this loop: the finish, in which everything moves that costs nothing at inference, and the refinement by output KL, in which
 scales and zero-points move a little. Views are made from the number of the step. What is kept is the last state, where the rates have
-fallen to 0, unless another is clearly better on held-out calibration images; or the best one, where the last is no better than the start.
+fallen to 0, unless another is clearly better on held-out calibration images; or the best one, where the last is no better than the start
+(the refinement by output KL always keeps the best).
 """
 
 from __future__ import annotations
@@ -247,8 +248,8 @@ class NetworkTraining:
 
     @torch.no_grad()
     def held_out_errors(self) -> Tensor:
-        """Return what each held-out image ``[N]`` is judged by, all quantizers hard: ``T^2 KL`` to the float network at a temperature T of
-        its own; where there are no logits, the normalized error of the outputs."""
+        """Return the errors ``[N]`` of the held-out images, all quantizers hard: ``T^2 KL`` to the float network at T =
+        ``holdout_temperature``; where there are no logits, the normalized error of the outputs."""
         self._mix(0.0)
         mine = self._outputs(self.student, self.held_out)
         if is_logits(mine):

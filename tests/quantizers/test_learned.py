@@ -44,6 +44,11 @@ def test_inner_products_do_not_depend_on_how_tensors_lie(first, second, dtype):
     assert inner_product(x, y).dtype == torch.promote_types(dtype, torch.float32)
 
 
+def test_long_inner_products_lose_no_digits():
+    x = random(2**22, dtype=torch.float32)
+    assert inner_product(x, x).item() == pytest.approx(x.double().square().sum().item(), rel=1e-6)
+
+
 SHAPES = {0: (4, 3, 3, 3), 1: (3, 4, 2, 2), None: (5, 7)}
 seeds = st.integers(0, 2**31)
 
