@@ -23,7 +23,7 @@ from fxquant.quantizers.affine import QuantSpec, UniformQuantizer, along
 STRETCH = (-0.1, 1.1)
 """The ends gamma and zeta that the sigmoid of soft rounding is stretched to before it is clamped to 0..1 (AdaRound, eq. 23)."""
 
-_BLOCK = 2**16
+_BLOCK = 2**18
 """Elements whose products are added one after another."""
 
 _SMALLEST = 1e-3
