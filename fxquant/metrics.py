@@ -39,7 +39,7 @@ def standard_error(difference: Tensor) -> float:
 
 
 def exceeds(gain: Tensor, margin: float) -> bool:
-    """Tell whether the mean of ``gain [G]`` is above 0 by more than `margin` standard errors."""
+    """Tell whether the mean of ``gain [G]`` is above 0 by more than `margin` standard errors; with a margin of 0, above 0 at all."""
     return gain.mean().item() > (margin * standard_error(gain) if margin else 0.0)
 
 

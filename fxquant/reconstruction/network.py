@@ -163,8 +163,8 @@ class NetworkTraining:
         optimizer = torch.optim.Adam(groups, fused=can_fuse(self.parameters))
         average = [value.clone() for value in self.start] if settings.averaging else None
         kept, kept_errors = [value.clone() for value in self.start], self.held_out_errors()
-        before = kept_errors.mean().item()
-        outcome, first = Outcome(before, before, 0), 0
+        start_error = kept_errors.mean().item()
+        outcome, first = Outcome(start_error, start_error, 0), 0
         if state is not None:
             first = self._restore(state, optimizer, [*kept, kept_errors], average, outcome)
         every = max(1, settings.iterations // settings.checks)
@@ -197,7 +197,7 @@ class NetworkTraining:
                     keep(self._state(step + 1, factor, optimizer, [*kept, kept_errors], average, outcome))
             if step % 10 == 9:
                 show(step + 1, settings.iterations, f"loss {loss.item():.4f}, held out {outcome.behind:.4f}")
-        if not outcome.step and not self._checked(average)[0].mean() <= max(WORSE * before, before + HARMLESS):
+        if not outcome.step and not self._checked(average)[0].mean() <= max(WORSE * outcome.before, outcome.before + HARMLESS):
             return None
         self._reset(kept)
         self._mix(0.0)
