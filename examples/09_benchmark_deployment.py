@@ -5,12 +5,14 @@
     python examples/09_benchmark_deployment.py --networks mobilenet_v2 --bits W2A2 --batches 1 --threads 1 --rounds 3 --skip-sizes
     python examples/09_benchmark_deployment.py --networks resnet18 resnet50 --out deployment
     python examples/09_benchmark_deployment.py --batches
+    python examples/09_benchmark_deployment.py --device cuda --batches 1 64 256 --skip-sizes
 
 Weights are random, and batch norms random with the statistics of random images: neither speed nor size depends on accuracy. All columns
 of a row take turns, so that a busy machine slows all of them, of a few calls, so that caches are as warm as where one network serves;
 times are medians. Each row is appended to OUT/runs.jsonl as soon as it is measured, and not repeated when it is there already; OUT/runs.md
 and OUT/runs.png are made from all rows of this machine's versions. A peer that is not installed, or fails, is shown as "-", with the reason
-below. The peers compute in 8 bits whatever the bits of the row.
+below. The peers compute in 8 bits whatever the bits of the row. With --device cuda single images run as CUDA graphs in every column, and
+the peers, which are for CPUs, are left out.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from torch.fx import GraphModule
 
 import fxquant
 from fxquant.deploy.latency import frozen, latencies, threads, variants
+from fxquant.lower import BACKENDS
 from fxquant.networks import build
 from fxquant.placement import EDGES
 
@@ -57,8 +60,9 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=["W2A2", "W8A8"], metavar="WxAy", help="(default: W2A2 W8A8)")
     parser.add_argument("--edges", default="integer", choices=EDGES, help="integer: images, shortcuts at 8 bits, as peers have (default)")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32], metavar="N", help="(default: 1 8 32; none: sizes alone)")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N", help="(default: 1 2)")
+    parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="(default: 1 2; 1 with --device cuda)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each column (default: 5)")
+    parser.add_argument("--device", default="cpu", choices=BACKENDS, help="(default: cpu)")
     parser.add_argument("--skip-peers", action="store_true", help="leave out onnxruntime and torchao")
     parser.add_argument("--skip-sizes", action="store_true", help="leave out the table of sizes")
     parser.add_argument("--out", type=Path, default=Path("deployment"), help="folder for rows, tables and the plot (default: deployment)")
@@ -66,17 +70,20 @@ def main() -> None:
     wrong = [bits for bits in options.bits if not re.fullmatch(r"W[2-8]A[2-8]", bits)]
     if wrong:
         parser.error(f"{wrong[0]!r} is no setting such as W2A2")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is none that torch can use")
+    counts = options.threads or ([1, 2] if options.device == "cpu" else [1])
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / "runs.jsonl"
     for name in options.networks:
-        wanted = [(bits, count, batch) for bits in options.bits for count in options.threads for batch in options.batches]
+        wanted = [(bits, count, batch) for bits in options.bits for count in counts for batch in options.batches]
         keys = [speed_key(name, *what, options) for what in wanted]
         if not options.skip_sizes:
-            keys.append({**base_key(name), "table": "size"})
+            keys.append({**base_key(name, options.device), "table": "size"})
         missing = [key for key in keys if not any(key.items() <= row.items() for row in rows_of(log))]
         if missing:
-            measure(Case(name), missing, options.rounds, log)
-    rows = [row for row in rows_of(log) if base_key(row["network"]).items() <= row.items()]
+            measure(Case(name, options.device), missing, options.rounds, log)
+    rows = [row for row in rows_of(log) if base_key(row["network"], options.device).items() <= row.items()]
     text = speed_table([row for row in rows if row["table"] == "speed"]) + size_table([row for row in rows if row["table"] == "size"])
     (options.out / "runs.md").write_text(text, encoding="utf-8")
     plot([row for row in rows if row["table"] == "speed"], options.out / "runs.png")
@@ -95,10 +102,11 @@ def measure(case: Case, keys: list[Row], rounds: int, log: Path) -> None:
 
 
 class Case:
-    """A network with random weights, random images, and what was quantized of it."""
+    """A network with random weights, random images, and what was quantized of it, on the CPU; `device` is where speed is measured."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, device: str):
         torch.manual_seed(0)
+        self.device = device
         self.model = build(name).model
         self.calibration = [pictures(8, 1), pictures(8, 2)]
         self.images = pictures(COMPARED, 3)
@@ -121,7 +129,8 @@ class Case:
             simulated = fxquant.quantize(self.model, self.calibration, w, a, **given)
             with torch.no_grad():
                 logits = torch.cat([simulated(batch) for batch in self.images.split(16)])
-            self.quantized[bits] = simulated, fxquant.lower(simulated), logits
+            simulated = simulated.to(self.device)
+            self.quantized[bits] = simulated, fxquant.lower(simulated, self.device), logits
         return self.quantized[bits]
 
 
@@ -135,11 +144,14 @@ def pictures(count: int, seed: int) -> Tensor:
 def speed(case: Case, key: Row, rounds: int) -> Row:
     """Return milliseconds by column, why columns are missing, and how far the lowered network is from the simulation."""
     simulated, lowered, expected = case.bits(key["bits"], key["edges"])
-    images = case.images[: key["batch"]].contiguous(memory_format=torch.channels_last)
+    compared = case.images.to(case.device)
+    images = compared[: key["batch"]].contiguous(memory_format=torch.channels_last)
     if len(images) < key["batch"]:
         images = images.repeat(-(-key["batch"] // len(images)), 1, 1, 1)[: key["batch"]]
+    cuda_graphs = case.device == "cuda" and key["batch"] == 1
     with threads(key["threads"]):
-        networks: dict[str, Network] = dict(variants(case.model, simulated, lowered))
+        model = copy.deepcopy(case.model).to(case.device)
+        networks: dict[str, Network] = dict(variants(model, simulated, lowered, cuda_graphs))
         del networks["float32, eager"]
         missing: dict[str, str] = {}
         for name, make in {} if not key["peers"] else {"onnxruntime int8": onnxruntime_int8, "torchao int8": torchao_int8}.items():
@@ -150,8 +162,8 @@ def speed(case: Case, key: Row, rounds: int) -> Row:
                 networks.pop(name, None)
                 missing[name] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:120]}"
         found = latencies(networks, images, rounds)
-        batches = [batch.contiguous(memory_format=torch.channels_last) for batch in case.images.split(key["batch"])]
-        logits = torch.cat([networks[LOWERED](batch) for batch in batches if len(batch) == len(batches[0])])
+        batches = [batch.contiguous(memory_format=torch.channels_last) for batch in compared.split(key["batch"])]
+        logits = torch.cat([networks[LOWERED](batch) for batch in batches if len(batch) == len(batches[0])]).cpu()
     expected = expected[: len(logits)]
     difference = (logits - expected).abs().max() / (expected.max() - expected.min())
     return {
@@ -256,7 +268,7 @@ def state_bytes(graph: GraphModule) -> int:
     return buffer.getbuffer().nbytes
 
 
-def base_key(name: str) -> Row:
+def base_key(name: str, device: str) -> Row:
     """Return what all rows of a network are known by: numbers of other versions or of another processor are not reused."""
     versions = {"torch": torch.__version__, "fxquant": fxquant.__version__}
     for package in ("onnxruntime", "torchao"):
@@ -264,16 +276,18 @@ def base_key(name: str) -> Row:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = ""
-    return {"network": name, "versions": versions, "processor": processor()}
+    return {"network": name, "versions": versions, "processor": processor(device)}
 
 
 def speed_key(name: str, bits: str, count: int, batch: int, options: argparse.Namespace) -> Row:
     key = {"table": "speed", "bits": bits, "edges": options.edges, "threads": count, "batch": batch, "rounds": options.rounds}
-    return {**base_key(name), **key, "peers": not options.skip_peers}
+    return {**base_key(name, options.device), **key, "peers": not options.skip_peers and options.device == "cpu"}
 
 
-def processor() -> str:
-    """Return the name of the processor."""
+def processor(device: str) -> str:
+    """Return the name of the processor that computes."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8")) if info.is_file() else None
     return found[1].strip() if found else platform.processor() or platform.machine()

@@ -21,6 +21,8 @@ from fxquant.cli_words import check_target, positive
 from fxquant.console import Narrator
 from fxquant.errors import ConfigError, FxquantWarning, ModelError
 from fxquant.folder import ImageFolder
+from fxquant.inspection import working_device
+from fxquant.lower import BACKENDS
 from fxquant.networks import Network, build, preprocessing
 from fxquant.placement import EDGES
 from fxquant.recipe import Recipe
@@ -58,7 +60,9 @@ def add_commands(commands: Any, named: argparse.ArgumentParser, common: argparse
     command.add_argument("--a", type=int, metavar="BITS", help="without FILE: bits of activations (default: 2)")
     command.add_argument("--edges", choices=EDGES, help="without FILE: what first and last layers get (default: 8bit)")
     command.add_argument("--batches", type=positive, nargs="+", default=[1], metavar="N", help="images at once (default: 1)")
-    command.add_argument("--threads", type=positive, nargs="+", metavar="N", help="(default: as torch is set)")
+    command.add_argument("--threads", type=positive, nargs="+", metavar="N", help="of the CPU (default: as torch is set)")
+    command.add_argument("--device", default="cpu", metavar="NAME", help="cpu, or cuda for int8 on a GPU (default: cpu)")
+    command.add_argument("--cuda-graphs", action="store_true", help="with --device cuda: compile everything with CUDA graphs")
     command.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of a few calls each (default: 5)")
     command.add_argument("--plot", metavar="OUT", help="draw the table as OUT, .png or .svg (extra plots)")
     command.add_argument("--json", metavar="OUT", help="write the numbers to OUT")
@@ -98,21 +102,26 @@ def run_bench(options: argparse.Namespace) -> None:
         check_target(out)
     if options.plot:
         _require_matplotlib()
+    device = _device(options)
     network, qmodel = _loaded(options) if options.file else _random(options)
-    lowered, note = _lowered(qmodel)
-    rows = measured(options, network.model, qmodel, lowered)
+    qmodel = qmodel.to(device)
+    lowered, note = _lowered(qmodel, device.type)
+    rows = measured(options, device, network.model.to(device), qmodel, lowered)
     title = f"{network.name}, {_bits(qmodel)}, torch {torch.__version__}"
+    if device.type == "cuda":
+        title += f", {torch.cuda.get_device_name(device)}{', CUDA graphs' if options.cuda_graphs else ''}"
     for count in dict.fromkeys(row["threads"] for row in rows):
         Console().print(_table([row for row in rows if row["threads"] == count], f"{title}, {_plural(count, 'thread')}"))
     Console(soft_wrap=True).print(note, markup=False, highlight=False)
     if options.json:
         found = {"network": network.name, "bits": _bits(qmodel), "torch": torch.__version__, "rounds": options.rounds, "lowered": note}
+        found |= {"device": str(device), "cuda_graphs": options.cuda_graphs}
         Path(options.json).write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     if options.plot:
         plot(rows, title, options.plot)
 
 
-def measured(options: argparse.Namespace, model: nn.Module, qmodel: nn.Module, lowered: nn.Module) -> Rows:
+def measured(options: argparse.Namespace, device: torch.device, model: nn.Module, qmodel: nn.Module, lowered: nn.Module) -> Rows:
     """Return the medians at every number of threads and every batch size, each compiled for itself."""
     from fxquant.deploy import latency
 
@@ -122,8 +131,8 @@ def measured(options: argparse.Namespace, model: nn.Module, qmodel: nn.Module, l
     for count, batch in Narrator(not options.quiet).bar(todo, "compile and measure"):
         images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(options.seed))
         with latency.threads(count):
-            images = images.contiguous(memory_format=torch.channels_last)
-            found = latency.latencies(latency.variants(model, qmodel, lowered), images, options.rounds)
+            images = images.to(device).contiguous(memory_format=torch.channels_last)
+            found = latency.latencies(latency.variants(model, qmodel, lowered, options.cuda_graphs), images, options.rounds)
         rows.append({"threads": count, "batch": batch, "milliseconds": found})
     return rows
 
@@ -182,12 +191,22 @@ def _random(options: argparse.Namespace) -> tuple[Network, nn.Module]:
     )
 
 
-def _lowered(qmodel: nn.Module) -> tuple[nn.Module, str]:
+def _device(options: argparse.Namespace) -> torch.device:
+    """Return where to measure."""
+    device = working_device(None, options.device)
+    if device.type not in BACKENDS:
+        raise ConfigError(f"there are no integer kernels for {device.type}", where="--device", fix=f"Use {' or '.join(BACKENDS)}")
+    if options.cuda_graphs and device.type != "cuda":
+        raise ConfigError("is for GPUs", where="--cuda-graphs", fix="Add --device cuda, or leave it out")
+    return device
+
+
+def _lowered(qmodel: nn.Module, backend: str) -> tuple[nn.Module, str]:
     """Return the network on integers, and what became of its layers: with the reason where the simulation stays."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            lowered = fxquant.lower(qmodel)
+            lowered = fxquant.lower(qmodel, backend)
         except ModelError as error:  # weights alone are quantized, for instance
             return qmodel, f"nothing is lowered, that row is the simulation again; {error}"
     reasons = []

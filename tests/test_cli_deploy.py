@@ -50,8 +50,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         assert images.is_contiguous(memory_format=torch.channels_last)
         return {name: float(10 - place) for place, name in enumerate(networks)}
 
-    monkeypatch.setattr(compiled, "compile", lambda network: network)
-    monkeypatch.setattr(latency, "frozen", lambda network: network)
+    monkeypatch.setattr(compiled, "compile", lambda network, cuda_graphs: network)
+    monkeypatch.setattr(latency, "frozen", lambda network, cuda_graphs: network)
     monkeypatch.setattr(latency, "latencies", latencies)
     return seen
 
@@ -202,12 +202,29 @@ def test_bench_with_other_edges(capsys, quick) -> None:
         (["nowhere"], "nowhere"),
         (["--model", "resnet81"], "Did you mean resnet18"),
         (["FILE", "--plot", "OUT.what"], "Use an ending such as .png or .svg"),
+        (["FILE", "--device", "toaster"], "device: 'toaster' cannot be used"),
+        (["FILE", "--device", "meta"], "device: 'meta' holds no data"),
+        (["FILE", "--cuda-graphs"], "--cuda-graphs: is for GPUs. Add --device cuda, or leave it out"),
     ],
 )
 def test_bench_bad_input(place: Path, tmp_path: Path, capsys, quick, words: list[str], expected: str) -> None:
     given = {"FILE": str(place / "q.safetensors"), "OUT.what": str(tmp_path / "out.what")}
     text = message(capsys, run("bench", *(given.get(word, word) for word in words)))
     assert expected.replace("FILE", given["FILE"]) in text
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("words", [[], ["--cuda-graphs"]])
+def test_bench_on_a_gpu(place: Path, tmp_path: Path, capsys, words: list[str]) -> None:
+    given = ["--device", "cuda", "--batches", "1", "4", "--rounds", "1", "--json", tmp_path / "a.json", *words]
+    assert run("bench", place / "q.safetensors", *given) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert torch.cuda.get_device_name() in out and "layers on integers" in out
+    data = json.loads((tmp_path / "a.json").read_text())
+    assert data["cuda_graphs"] is bool(words)
+    for row in data["rows"]:
+        assert tuple(row["milliseconds"]) == NAMES and min(row["milliseconds"].values()) > 0
 
 
 def test_bench_names_the_extra(place: Path, tmp_path: Path, capsys, quick, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,8 +265,8 @@ def test_latencies_are_medians_of_turns_of_calls(monkeypatch: pytest.MonkeyPatch
 
 
 def test_variants_compute_the_same(make_net, images, untouched, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "compile", lambda network: network)
-    monkeypatch.setattr(latency, "frozen", lambda network: network)
+    monkeypatch.setattr(compiled, "compile", lambda network, cuda_graphs: network)
+    monkeypatch.setattr(latency, "frozen", lambda network, cuda_graphs: network)
     net = make_net()
     qmodel = fxquant.quantize(net, images, 8, 8, cat=False, recipe="fast", progress=False)
     with untouched(net), torch.no_grad():
@@ -354,7 +371,7 @@ def test_the_benchmark_measures_nothing_twice(tmp_path: Path, monkeypatch: pytes
         done.append((case, "sizes"))
         return {"bytes": {"float state_dict": 4000, "file W2": 300}, "missing": {}}
 
-    for name, fake in (("Case", str), ("speed", speed), ("sizes", sizes)):
+    for name, fake in (("Case", lambda name, device: name), ("speed", speed), ("sizes", sizes)):
         monkeypatch.setattr(module, name, fake)
     words = ["--networks", "resnet18", "--bits", "W2A2", "--batches", "1", "8", "--threads", "1", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["09", *words])
@@ -366,7 +383,23 @@ def test_the_benchmark_measures_nothing_twice(tmp_path: Path, monkeypatch: pytes
     assert "| resnet18 | 4,000 (1/1.00) | - | - | 300 (1/13.33) |" in text
     assert (tmp_path / "runs.png").stat().st_size > 1000
     done.clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(sys, "argv", ["09", *words[:-4], *words[-2:], "--device", "cuda"])
+    module.main()
+    assert done == [("resnet18", ("W2A2", 1, 1)), ("resnet18", ("W2A2", 1, 8)), ("resnet18", "sizes")], "the CPU's numbers are not a GPU's"
+    assert (tmp_path / "runs.md").read_text().startswith("a GPU, torch")
+    done.clear()
     monkeypatch.setattr(sys, "argv", ["09", *words, "--threads", "1", "2"])
     module.main()
     assert done == [("resnet18", ("W2A2", 2, 1)), ("resnet18", ("W2A2", 2, 8))]
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 5
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 8
+
+
+def test_the_benchmark_needs_the_device_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["09", "--device", "cuda", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        example("09_benchmark_deployment.py").main()
+    assert "--device cuda: there is none that torch can use" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -363,6 +363,33 @@ def test_on_a_gpu(calibration, name, pack):
 
 @pytest.mark.cuda
 @needs_cuda
+def test_cuda_graphs(calibration):
+    simulation = fxquant.quantize(make("residual"), calibration, 4, 4, False, recipe="fast", edges="integer", progress=False)
+    lowered = fxquant.lower(simulation, "cuda")
+    compiled, plain = fxquant.compile(lowered, cuda_graphs=True), fxquant.compile(lowered)
+    for count in (1, 32):
+        batches = [x.cuda() for x in small_images(2 * count).split(count)]
+        for _ in range(3):  # the first calls record
+            first, second = (compiled(x) for x in batches)
+        assert torch.equal(first, plain(batches[0])), "the second call wrote over the first one's logits"
+        assert torch.equal(second, plain(batches[1]))
+
+
+def test_cuda_graphs_need_a_gpu(simulation):
+    with pytest.raises(ConfigError, match=r"cuda_graphs: the network is on the CPU. Move it with .to\('cuda'\), or leave cuda_graphs out"):
+        fxquant.compile(simulation, cuda_graphs=True)
+
+
+def test_cuda_graphs_are_asked_for(simulation, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda network, fullgraph, options: asked.append(options.get("triton.cudagraphs", False)))
+    for chosen in (True, False):
+        fxquant.compile(copy.deepcopy(simulation).to("meta"), cuda_graphs=chosen)
+    assert asked == [True, False]
+
+
+@pytest.mark.cuda
+@needs_cuda
 def test_two_graphs_of_a_simulation_on_a_gpu(calibration):
     simulation = fxquant.quantize(make("residual"), calibration, 4, 4, False, recipe="fast", progress=False).cuda()
     torch._dynamo.reset()

@@ -9,9 +9,11 @@ import torch._inductor.config as inductor
 from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
+from torch.fx.node import map_aggregate
 
 from fxquant.deploy.onednn import add_in_place
 from fxquant.deploy.vnni import SHIM, VnniProduct
+from fxquant.errors import ConfigError
 from fxquant.graph import fork, is_on_cpu
 
 
@@ -35,12 +37,18 @@ class CompiledNetwork(nn.Module):
 
     Attributes:
         network: what was compiled.
+        cuda_graphs: whether a CUDA graph is recorded for each batch size.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, cuda_graphs: bool = False):
         super().__init__()
+        if cuda_graphs and is_on_cpu(network):
+            raise ConfigError("the network is on the CPU", where="cuda_graphs", fix="Move it with .to('cuda'), or leave cuda_graphs out")
         self.network = network
+        self.cuda_graphs = cuda_graphs
         options: dict[str, Any] = {"cpp_wrapper": is_on_cpu(network), "post_grad_custom_post_pass": _ADD_IN_PLACE}
+        if cuda_graphs:
+            options["triton.cudagraphs"] = True
         if any(isinstance(module, VnniProduct) for module in network.modules()):
             options["aot_inductor.custom_ops_to_c_shims"] = {torch.ops.fxquant.vnni_layer.default: [SHIM]}
         if isinstance(network, GraphModule):
@@ -55,9 +63,21 @@ class CompiledNetwork(nn.Module):
         if images.shape[0] > 1:
             torch._dynamo.maybe_mark_dynamic(images, 0)
         with torch.no_grad(), inductor.patch(freezing=True):  # not among the options, as tracing asks for it, too
-            return self._run(images)
+            outputs = self._run(images)
+        if not self.cuda_graphs:
+            return outputs
+        return map_aggregate(outputs, lambda value: value.clone() if isinstance(value, Tensor) else value)  # the next call overwrites them
 
 
-def compile(network: nn.Module) -> CompiledNetwork:
-    """Return `network` compiled for inference, as it is at the first call: a lowered one, a simulation or a float one."""
-    return CompiledNetwork(network)
+def compile(network: nn.Module, *, cuda_graphs: bool = False) -> CompiledNetwork:
+    """Return `network` compiled for inference, as it is at the first call: a lowered one, a simulation or a float one.
+
+    Args:
+        network: on the CPU or a CUDA device, where its images have to be, too.
+        cuda_graphs: on a CUDA device, record what is launched for each batch size at its first calls, and replay it from then on: where
+            batches are so small that launching takes longer than computing. It keeps memory for each of the sizes.
+
+    Raises:
+        ConfigError: `cuda_graphs` for a network on the CPU.
+    """
+    return CompiledNetwork(network, cuda_graphs)

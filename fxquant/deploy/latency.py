@@ -65,9 +65,9 @@ class InBFloat16(nn.Module):
         return outputs.float() if isinstance(outputs, Tensor) else outputs
 
 
-def frozen(network: nn.Module) -> Callable[[Tensor], Any]:
+def frozen(network: nn.Module, cuda_graphs: bool = False) -> Callable[[Tensor], Any]:
     """Return `network` compiled as well as torch does it, for the one batch size of the first call: what others are measured by."""
-    compiled = torch.compile(network, fullgraph=True, options={"cpp_wrapper": is_on_cpu(network)})
+    compiled = torch.compile(network, fullgraph=True, options={"cpp_wrapper": is_on_cpu(network), "triton.cudagraphs": cuda_graphs})
 
     def run(images: Tensor) -> Any:
         with torch.no_grad(), inductor.patch(freezing=True):
@@ -76,7 +76,7 @@ def frozen(network: nn.Module) -> Callable[[Tensor], Any]:
     return run
 
 
-def variants(model: nn.Module, simulated: nn.Module, lowered: nn.Module) -> dict[str, Callable[[Tensor], Any]]:
+def variants(model: nn.Module, simulated: nn.Module, lowered: nn.Module, cuda_graphs: bool = False) -> dict[str, Callable[[Tensor], Any]]:
     """Return a network in every form that is worth a comparison, by name; all but the first compile at their first call.
 
     Float networks get graphs for one batch size, so make all of them anew for another one, with `torch.compiler.reset` in between.
@@ -85,16 +85,17 @@ def variants(model: nn.Module, simulated: nn.Module, lowered: nn.Module) -> dict
         model: the float network.
         simulated: what `fxquant.quantize` or `fxquant.load` made of it.
         lowered: what `fxquant.lower` made of that.
+        cuda_graphs: compile all of them with CUDA graphs.
     """
     from fxquant.deploy.compiled import compile
 
     floats = copy.deepcopy(model).to(memory_format=torch.channels_last)
     return {
         "float32, eager": model,
-        "float32, compiled": frozen(floats),
-        "bfloat16, compiled": frozen(InBFloat16(floats)),
-        "simulated, compiled": compile(simulated),
-        "lowered, compiled": compile(lowered),
+        "float32, compiled": frozen(floats, cuda_graphs),
+        "bfloat16, compiled": frozen(InBFloat16(floats), cuda_graphs),
+        "simulated, compiled": compile(simulated, cuda_graphs=cuda_graphs),
+        "lowered, compiled": compile(lowered, cuda_graphs=cuda_graphs),
     }
 
 
