@@ -43,7 +43,7 @@ def learning_passes(
     stages = [stage for stage in recipe.stages if stage in UNIT_WISE + NETWORK_WISE]
     if any(stage in UNIT_WISE for stage in stages):
         blocks = recipe.unit_granularity == "pack"  # which of them become packs is not known yet
-        units, count = cut(teacher, "block" if blocks else recipe.unit_granularity), sum(map(len, images))
+        units, count = cut(teacher, "block" if blocks else recipe.unit_granularity, recipe.unit_longest), sum(map(len, images))
         share = 0.5 if recipe.cache_dtype == "bfloat16" else 1.0
         stored = share, recipe.unit_fisher != "none", recipe.unit_correction_iterations > 0
         packs = blocks and "units" in stages

@@ -97,6 +97,8 @@ class Recipe:
 
     unit_granularity: str = "block"
     """What is learned together: ``"layer"``, ``"block"``, ``"pack"`` (runs of blocks, Pack-PTQ) or ``"network"``."""
+    unit_longest: int = 12
+    """Most layers of a block: longer ones are split where their structure allows it."""
     pack_length: int = 4
     """Most blocks in a pack."""
     pack_score: str = "simple"
@@ -137,9 +139,15 @@ class Recipe:
     unit_correction_rate: float = 1e-3
     unit_correction_pull: float = 50.0
     """Weight that holds the corrected input to the true one (PD-Quant: 1 / 0.02)."""
+    unit_correction_patience: int = 100
+    unit_correction_decay: float = 0.1
+    unit_correction_least_rate: float = 1e-5
+    """Steps without a smaller loss, behind which that rate falls by this factor, down to this one."""
     unit_ranges: str = "float"
     """Where the scales of activations start: ``"float"``, from the float network, or ``"prefix"``, from what reaches the unit
     (PD-Quant)."""
+    unit_range_images: int = 256
+    """Images on which they are then chosen."""
 
     scales_iterations: int = 5000
     scales_rate: float = 4e-4
@@ -200,6 +208,8 @@ class Recipe:
     finish_match: bool = True
     """Hold mean and spread of the channels of convolutions into which a batch norm was folded to those of the float network, batch by
     batch, as long as the training lasts; scales and biases take that over in the end (`fxquant.reconstruction.matching`)."""
+    finish_match_images: int = 256
+    """Images from whose mean and spread they do so."""
     finish_averaging: float = 0.0
     """Decay of the moving average of everything learned, which is what stays (0: the last state)."""
 

@@ -34,10 +34,13 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "erq_ridge": (0.0, 1e6),
     "erq_flips": (0, 10**6),
     **dict.fromkeys(("bias_images", "erq_images", "unit_batch", "output_kl_batch", "finish_batch"), (1, 10**9)),
+    **dict.fromkeys(("unit_range_images", "finish_match_images"), (1, 10**9)),
     **dict.fromkeys(("unit_iterations", "unit_correction_iterations", "scales_iterations", "output_kl_iterations"), (0, 10**9)),
     "finish_iterations": (0, 10**9),
     "finish_checks": (1, 10**6),
-    "pack_length": (1, 1000),
+    **dict.fromkeys(("pack_length", "unit_longest"), (1, 1000)),
+    "unit_correction_patience": (0, 10**9),
+    "unit_correction_decay": (0.0, 0.999),
     "cat_views": (1, 1000),
     "cat_folds": (2, 100),
     "cat_clusters": (1, 10**6),
@@ -45,6 +48,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         ("unit_rounding_rate", "unit_activation_rate", "unit_scale_rate", "unit_bias_rate", "unit_correction_rate"), (0.0, 10.0)
     ),
+    "unit_correction_least_rate": (0.0, 10.0),
     **dict.fromkeys(("scales_rate", "output_kl_rate", "output_kl_zero_point_rate", "finish_weight_rate", "finish_scale_rate"), (0.0, 10.0)),
     **dict.fromkeys(("finish_activation_rate", "finish_bias_rate"), (0.0, 10.0)),
     **dict.fromkeys(("unit_rounding_weight", "unit_kl_weight", "unit_correction_pull", "output_kl_penalty"), (0.0, 1e9)),

@@ -117,7 +117,7 @@ class FinishNetwork(Pass):
             lambda quantizer: LearnedQuantizer(quantizer, relative=True, learned_zero_point=not finish),
             biases=finish and recipe.finish_bias_rate > 0,
         )
-        places = [name for unit in cut(self.teacher) if unit.layers for name in unit.outputs]
+        places = [name for unit in cut(self.teacher, longest=recipe.unit_longest) if unit.layers for name in unit.outputs]
         weights, activations = list(learners.weights.values()), list(learners.activations.values())
         scales: list[nn.Parameter] = [learner.scale.value for learner in activations]  # type: ignore[misc]
         weight_scales: list[nn.Parameter] = [learner.scale.value for learner in weights]  # type: ignore[misc]

@@ -93,10 +93,10 @@ class ReconstructUnits(Pass):
         """Return what is learned together."""
         recipe = self.recipe
         if recipe.unit_granularity != "pack" or self.stage == "scales":  # rounding gains from packs, scales are few
-            return cut(self.teacher, "block" if recipe.unit_granularity == "pack" else recipe.unit_granularity)
+            return cut(self.teacher, "block" if recipe.unit_granularity == "pack" else recipe.unit_granularity, recipe.unit_longest)
         store = cache_of(recipe, sum(map(len, self.images)), self.device)
         with self.meter("score packs") as show:
-            return pack(self.teacher, gm, cut(self.teacher), self.images, store, recipe, show)
+            return pack(self.teacher, gm, cut(self.teacher, longest=recipe.unit_longest), self.images, store, recipe, show)
 
     def _summarize(self, units: Sequence[Unit], store: Store) -> None:
         self.note(f"{sum(1 for unit in units if unit.layers)} units, {self.recipe.unit_granularity} by {self.recipe.unit_granularity}")

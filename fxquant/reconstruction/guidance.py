@@ -22,9 +22,6 @@ from fxquant.reconstruction.unit import Show
 from fxquant.reconstruction.walk import Visit, Walk
 from fxquant.units import extract, merge
 
-RANGE_IMAGES = 256
-"""Images on which the scales of a unit are chosen again behind the quantized prefix (PD-Quant)."""
-
 Suffix = Callable[[tuple[Tensor, ...], Tensor], Tensor]
 
 
@@ -103,7 +100,12 @@ def _corrected(probe: GraphModule, inputs: tuple[Tensor, ...], norms: list[Folde
     moved = tuple(value.detach().clone().requires_grad_(value.is_floating_point()) for value in inputs)
     free = [value for value in moved if value.requires_grad]
     optimizer = torch.optim.Adam(free, recipe.unit_correction_rate)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=100, min_lr=1e-5)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer,
+        factor=recipe.unit_correction_decay,
+        patience=recipe.unit_correction_patience,
+        min_lr=recipe.unit_correction_least_rate,
+    )
     for _ in range(recipe.unit_correction_iterations):
         values = probe(*moved)[outputs:]
         loss = torch.stack([norm_distance(value, norm) for value, norm in zip(values, norms, strict=True)]).sum()
@@ -120,7 +122,7 @@ def choose_ranges_again(visit: Visit, student: GraphModule, recipe: Recipe) -> N
     """Choose the scale of every activation quantizer of a unit from what reaches it behind the quantized prefix, in order (PD-Quant)."""
     make = activation_quantizers(recipe)
     graph = fork(visit.student)
-    rows = torch.arange(min(RANGE_IMAGES, visit.store.count)).split(visit.images_at_once())
+    rows = torch.arange(min(recipe.unit_range_images, visit.store.count)).split(visit.images_at_once())
     for node, module in list(called(graph)):
         if not isinstance(module, UniformQuantizer) or visit.is_settled(module):
             continue

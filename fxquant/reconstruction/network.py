@@ -34,8 +34,6 @@ from fxquant.tree import floats_of, is_logits, tensors_of
 
 State = dict[str, Tensor]
 
-MOMENT_IMAGES = 256
-"""Images from whose moments scales and biases are made where channels are matched."""
 LEAST, LEAST_BYTES = 8, 2**31
 """Images that run at once at least where channels are matched, so that their moments say something; fewer if their values take more."""
 
@@ -60,6 +58,7 @@ class NetworkSettings:
     holdout_temperature: float = 4.0
     averaging: float = 0.0
     match: bool = False
+    match_images: int = 256
     precision: str = "float32"
     compile: bool = False
 
@@ -186,8 +185,8 @@ class NetworkTraining:
                 return None
             last = step + 1 == settings.iterations
             if (step + 1) % every == 0 or last:
-                few = min(MOMENT_IMAGES, max(32, every * self.views.size // 8))  # a check costs less than the steps up to it
-                errors, reached = self._checked(average, MOMENT_IMAGES if last else few)
+                few = min(settings.match_images, max(32, every * self.views.size // 8))  # a check costs less than the steps up to it
+                errors, reached = self._checked(average, settings.match_images if last else few)
                 error = errors.mean().item()
                 if not error < float("inf"):
                     return None
@@ -197,7 +196,9 @@ class NetworkTraining:
                     keep(self._state(step + 1, factor, optimizer, [*kept, kept_errors], average, outcome))
             if step % 10 == 9:
                 show(step + 1, settings.iterations, f"loss {loss.item():.4f}, held out {outcome.behind:.4f}")
-        if not outcome.step and not self._checked(average)[0].mean() <= max(WORSE * outcome.before, outcome.before + HARMLESS):
+        if not outcome.step and not self._checked(average, settings.match_images)[0].mean() <= max(
+            WORSE * outcome.before, outcome.before + HARMLESS
+        ):
             return None
         self._reset(kept)
         self._mix(0.0)
@@ -264,7 +265,7 @@ class NetworkTraining:
             return torch.cat(parts)
         return [torch.cat(values) for values in zip(*map(tensors_of, parts), strict=True)]
 
-    def _checked(self, average: list[Tensor] | None, count: int = MOMENT_IMAGES) -> tuple[Tensor, list[Tensor]]:
+    def _checked(self, average: list[Tensor] | None, count: int) -> tuple[Tensor, list[Tensor]]:
         """Return the errors ``[N]`` of the held-out images with what would stay if training ended here, with moments of `count` images, and
         what that is."""
         now = self._copies()
@@ -278,7 +279,7 @@ class NetworkTraining:
         return found
 
     @torch.no_grad()
-    def _run_for_moments(self, count: int = MOMENT_IMAGES) -> None:
+    def _run_for_moments(self, count: int) -> None:
         """Call the matched student on up to `count` training images as they are."""
         images = self.views.unchanged(count)
         for part in images.tensor_split(math.ceil(len(images) / self.at_once)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from nets import images, prepared
@@ -143,6 +145,20 @@ def test_correction_of_the_first_step_follows_the_gradient_of_the_formula():
     torch.testing.assert_close(moved[clear], -1e-2 * gradient[clear].sign(), rtol=1e-2, atol=1e-5)  # Adam's first step
 
 
+def test_the_rate_of_the_correction_falls_as_the_recipe_says():
+    """Without patience, under a pull that every step makes worse, from the second step that is no better on."""
+    path = {"name": "residual", "layer": "layers.0.conv1", "unit_correction_pull": 1e6, "unit_correction_iterations": 6}
+    everything = torch.arange(COUNT)
+
+    def moved(**fields) -> torch.Tensor:
+        _, visit, _, read = corrected(**path, **fields)
+        return (read(everything)[0][0] - visit.floats(everything)[0]).abs().mean()
+
+    patient = moved(unit_correction_patience=100)
+    assert moved(unit_correction_patience=0, unit_correction_decay=0.01) < 0.9 * patient
+    assert moved(unit_correction_patience=0, unit_correction_decay=0.01, unit_correction_least_rate=1e-2) == patient
+
+
 def test_statistics_that_match_already_change_nothing():
     teacher, student = pair("residual", 3, 3)
     path, node = "stem.0", next(node for node in teacher.graph.nodes if node.target == "stem.0")
@@ -177,6 +193,9 @@ def test_ranges_are_chosen_again_from_what_reaches_the_unit():
     inside = [str(node.target) for node, part in called(visit.student) if isinstance(part, UniformQuantizer)]
     assert len(inside) == 2
     recipe = Recipe.PDQUANT.replace(activation_range="minmax")
+    few = recipe.replace(unit_range_images=2)
+    choose_ranges_again(visit, copy.deepcopy(student), few)
+    assert_ends(visit, inside, torch.arange(2))
     choose_ranges_again(visit, student, recipe)
     for path, old in others.items():
         new = student.get_submodule(path)
@@ -184,7 +203,11 @@ def test_ranges_are_chosen_again_from_what_reaches_the_unit():
         if path in inside:
             assert torch.equal(visit.student.get_submodule(path).scale, new.scale)
             assert new.spec == old.spec and new.scale != old.scale
-    rows, env = torch.arange(COUNT), torch.fx.Interpreter(visit.student)
+    assert_ends(visit, inside, torch.arange(COUNT))
+
+
+def assert_ends(visit, inside: list[str], rows: torch.Tensor) -> None:
+    env = torch.fx.Interpreter(visit.student)
     env.garbage_collect_values = False
     with torch.no_grad():
         env.run(*visit.quantized(rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -100,8 +101,16 @@ def test_folded_it_computes_the_same(nets):
     with torch.no_grad():
         matched = training.matched_student(x, *training.matched_teacher(x)[1])[0]
         assert not torch.allclose(training.student(x)[0], matched, atol=0.1)
-        training.matching.fold(training._run_for_moments)
+        training.matching.fold(lambda: training._run_for_moments(256))
         torch.testing.assert_close(training.student(x)[0], matched, rtol=1e-3, atol=1e-3)
+
+
+def test_moments_are_of_as_many_images_as_the_recipe_says(nets, monkeypatch):
+    training = training_of(nets, replace(MATCHED, match_images=5, iterations=2, checks=1))
+    asked, count = [], training._run_for_moments
+    monkeypatch.setattr(training, "_run_for_moments", lambda images: (asked.append(images), count(images)))
+    training.run(quiet)
+    assert set(asked) == {5}
 
 
 def test_parts_are_folded_as_one(nets):
@@ -110,7 +119,7 @@ def test_parts_are_folded_as_one(nets):
     for at_once in (16, 4):
         training = training_of(nets, MATCHED)
         training.at_once = at_once
-        training.matching.fold(training._run_for_moments)
+        training.matching.fold(partial(training._run_for_moments, 256))
         match = training.matching.matches["stem.0"]
         folded.append((match.scale.value.detach(), match.bias.detach()))
     for one, other in zip(*folded, strict=True):
@@ -123,7 +132,7 @@ def test_what_is_measured_does_not_depend_on_the_share_that_was_float(nets):
     errors = []
     for share in (0.0, 0.4):
         training._mix(share)
-        errors.append(training._checked(None)[0])
+        errors.append(training._checked(None, 256)[0])
     assert torch.equal(errors[0], errors[1])
     assert all(map(torch.equal, values(training), before)), "it was but looked at"
 

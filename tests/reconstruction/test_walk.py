@@ -530,6 +530,8 @@ def test_granularities_of_the_pass():
     teacher, _ = zoo("residual")
     for granularity in GRANULARITIES:
         assert partition_of(unit_granularity=granularity) == cut(teacher, granularity)
+    whole, opened = partition_of(unit_granularity="block"), partition_of(unit_granularity="block", unit_longest=2)
+    assert max(len(unit.layers) for unit in opened) <= 2 < max(len(unit.layers) for unit in whole)
     packed = partition_of(unit_granularity="pack")
     assert [name for unit in packed for name in unit.nodes] == [name for unit in cut(teacher) for name in unit.nodes]
 
