@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -162,6 +163,7 @@ class LowerInteger(Pass):
         """Let `codes` be the bytes of `node`, and whoever reads `node` read the floats that they stand for."""
         self.bytes[node] = codes
         if is_tensor(node):
+            codes.meta["val"] = torch.empty_like(node.meta["val"], dtype=torch.uint8)
             floats = self._call(codes, free_path(self.gm, f"{node.name}_floats"), Dequantize(self.grids[node]), codes)
             node.replace_all_uses_with(floats)
             for reader in [user for user in floats.users if kind(user) == "size"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from nets import images as small_images
 from torch import nn
 
 import fxquant
+from fxquant import execution
 from fxquant.deploy import cpu, cuda
 from fxquant.deploy.bytes import Quantize
 from fxquant.deploy.cpu import CpuIntegerLayer
@@ -203,6 +205,50 @@ def test_two_graphs_for_all_batches(calibration):
     for count in (4, 8, 1, 64, 17, 2):
         compiled(small_images(count))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize(("most", "threads", "parts"), [(2, 1, [4, 4, 4]), (7, 1, [6, 6]), (2, 2, [6, 6]), (13, 1, [12]), (12, 2, [12])])
+def test_large_batches_run_in_parts(simulation, monkeypatch, most, threads, parts):
+    monkeypatch.setattr(torch, "compile", lambda network, **given: network)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(execution, "LARGEST_VALUE", most * largest_of(simulation))
+    seen, x = [], small_images(12)
+    compiled = fxquant.compile(simulation)
+    compiled._run.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    assert torch.equal(compiled(x), simulation(x))
+    assert seen == parts
+
+
+def largest_of(gm) -> float:
+    return max(map(execution.copied_bytes_per_image, gm.graph.nodes))
+
+
+@needs_vnni
+def test_bytes_leave_the_caches_later_than_floats(simulation):
+    simulation = fxquant.quantize(make("residual"), [small_images(8)], 4, 4, False, recipe="fast", edges="integer", progress=False)
+    assert fxquant.compile(fxquant.lower(simulation))._most >= 2 * fxquant.compile(simulation)._most
+
+
+def test_what_has_no_traced_sizes_or_returns_no_logits_runs_whole(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda network, **given: network)
+    monkeypatch.setattr(execution, "LARGEST_VALUE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    x = small_images(12)
+    several = fxquant.trace(make("several_outputs"), x)
+    for network in (make("residual"), torch.fx.symbolic_trace(make("chain")), several):
+        compiled, seen = fxquant.compile(network.eval()), []
+        compiled._run.register_forward_pre_hook(lambda module, given, seen=seen: seen.append(len(given[0])))
+        compiled(x)
+        assert seen == [12]
+
+
+def test_parts_compiled(simulation, monkeypatch):
+    monkeypatch.setattr(execution, "LARGEST_VALUE", 1)
+    x, seen = small_images(9), []
+    compiled = fxquant.compile(simulation)
+    monkeypatch.setattr(compiled, "_whole", lambda part, whole=compiled._whole: (seen.append(len(part)), whole(part))[1])
+    torch.testing.assert_close(compiled(x), simulation(x), rtol=1e-4, atol=1e-4)
+    assert len(seen) == max(1, math.ceil(9 / max(1, 4 * torch.get_num_threads())))
 
 
 @needs_vnni

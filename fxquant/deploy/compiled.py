@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch.fx.node import map_aggregate
 from fxquant.deploy.onednn import add_in_place
 from fxquant.deploy.vnni import SHIM, VnniProduct
 from fxquant.errors import ConfigError
+from fxquant.execution import images_at_once
 from fxquant.graph import fork, is_on_cpu
+from fxquant.tree import is_logits
 
 
 class _AddInPlace(CustomGraphPass):
@@ -27,6 +30,10 @@ class _AddInPlace(CustomGraphPass):
 
 _ADD_IN_PLACE = _AddInPlace()
 
+IMAGES_PER_THREAD = 4
+"""Images that each thread gets at least, where a batch runs in parts."""
+UNLIMITED = 2**62
+
 
 class CompiledNetwork(nn.Module):
     """A network behind ``torch.compile``, without gradients, its weights taken as constants.
@@ -34,6 +41,8 @@ class CompiledNetwork(nn.Module):
     Packed weights must be constants of the compiled graph, which is what inductor calls freezing; it also packs the float layers that are
     left. It compiles at the first call, for any batch size above one, and once more for one image; a float convolution without stride makes
     torch tell batches of 16 and more apart. It stays what the network was then, on its device: after a change, compile again.
+
+    On a CPU a large batch runs in parts whose tensors stay in the caches, where the network is a traced graph that returns logits.
 
     Attributes:
         network: what was compiled.
@@ -46,6 +55,7 @@ class CompiledNetwork(nn.Module):
             raise ConfigError("the network is on the CPU", where="cuda_graphs", fix="Move it with .to('cuda'), or leave cuda_graphs out")
         self.network = network
         self.cuda_graphs = cuda_graphs
+        self._most = UNLIMITED
         options: dict[str, Any] = {"cpp_wrapper": is_on_cpu(network), "post_grad_custom_post_pass": _ADD_IN_PLACE}
         if cuda_graphs:
             options["triton.cudagraphs"] = True
@@ -56,10 +66,17 @@ class CompiledNetwork(nn.Module):
             # code that nothing else was compiled with.
             network = fork(network)
             options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+            self._most = _images_at_once(network)
         self._run = torch.compile(network, fullgraph=True, options=options)
 
     def forward(self, images: Tensor) -> Any:
         """Return what the network gives for ``images [N, C, H, W]``."""
+        most = max(self._most, IMAGES_PER_THREAD * torch.get_num_threads())
+        if images.shape[0] <= most:
+            return self._whole(images)
+        return torch.cat([self._whole(part) for part in images.tensor_split(math.ceil(images.shape[0] / most))])
+
+    def _whole(self, images: Tensor) -> Any:
         if images.shape[0] > 1:
             torch._dynamo.maybe_mark_dynamic(images, 0)
         with torch.no_grad(), inductor.patch(freezing=True):  # not among the options, as tracing asks for it, too
@@ -67,6 +84,13 @@ class CompiledNetwork(nn.Module):
         if not self.cuda_graphs:
             return outputs
         return map_aggregate(outputs, lambda value: value.clone() if isinstance(value, Tensor) else value)  # the next call overwrites them
+
+
+def _images_at_once(gm: GraphModule) -> int:
+    """Return how many images a traced graph should run together."""
+    if not is_on_cpu(gm) or not is_logits(gm.graph.output_node().meta.get("val")):
+        return UNLIMITED
+    return images_at_once(gm.graph.nodes, torch.device("cpu"), UNLIMITED)
 
 
 def compile(network: nn.Module, *, cuda_graphs: bool = False) -> CompiledNetwork:

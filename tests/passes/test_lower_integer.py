@@ -127,6 +127,21 @@ def test_two_readers_keep_the_floats():
     assert_same(gm, new, images(8))
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_bytes_know_their_shape(name):
+    new, _ = lowered(simulated(name, 4, 4))
+    run = torch.fx.Interpreter(new)
+    run.garbage_collect_values = False
+    with torch.no_grad():
+        run.run(images(4))
+    found = [(node, run.env[node]) for node in new.graph.nodes if node.op in ("call_module", "call_function", "call_method")]
+    codes = [(node, value) for node, value in found if isinstance(value, Tensor) and value.dtype == torch.uint8]
+    assert codes or name == "one_dimension"
+    for node, value in codes:
+        traced = node.meta["val"]
+        assert (traced.dtype, traced.shape[1:]) == (torch.uint8, value.shape[1:]), node
+
+
 def test_a_residual_that_is_read_later_and_one_that_is_the_input():
     def body(s, x):
         y = F.relu(s.a(x))
