@@ -212,6 +212,7 @@ def test_large_batches_run_in_parts(simulation, monkeypatch, most, threads, part
     monkeypatch.setattr(torch, "compile", lambda network, **given: network)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(execution, "LARGEST_VALUE", most * largest_of(simulation))
+    monkeypatch.setattr("fxquant.deploy.compiled.BYTES_PER_WEIGHT", 0)
     seen, x = [], small_images(12)
     compiled = fxquant.compile(simulation)
     compiled._run.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
@@ -221,6 +222,14 @@ def test_large_batches_run_in_parts(simulation, monkeypatch, most, threads, part
 
 def largest_of(gm) -> float:
     return max(map(execution.copied_bytes_per_image, gm.graph.nodes))
+
+
+def test_parts_are_large_enough_to_be_worth_reading_the_weights_again(monkeypatch):
+    monkeypatch.setattr(execution, "LARGEST_VALUE", 1)
+    parts = [nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    nets = [nn.Sequential(*parts, nn.Linear(4, width), nn.Linear(width, 10)) for width in (4, 10_000)]
+    few, many = (fxquant.compile(fxquant.trace(net.eval(), small_images(4)))._most for net in nets)
+    assert few < many < 1000
 
 
 @needs_vnni
@@ -244,6 +253,7 @@ def test_what_has_no_traced_sizes_or_returns_no_logits_runs_whole(monkeypatch):
 
 def test_parts_compiled(simulation, monkeypatch):
     monkeypatch.setattr(execution, "LARGEST_VALUE", 1)
+    monkeypatch.setattr("fxquant.deploy.compiled.BYTES_PER_WEIGHT", 0)
     x, seen = small_images(9), []
     compiled = fxquant.compile(simulation)
     monkeypatch.setattr(compiled, "_whole", lambda part, whole=compiled._whole: (seen.append(len(part)), whole(part))[1])

@@ -32,6 +32,8 @@ _ADD_IN_PLACE = _AddInPlace()
 
 IMAGES_PER_THREAD = 4
 """Images that each thread gets at least, where a batch runs in parts."""
+BYTES_PER_WEIGHT = 8
+"""Bytes of values that such a part has at least for each byte of float weights, as every part reads those anew."""
 UNLIMITED = 2**62
 
 
@@ -90,7 +92,8 @@ def _images_at_once(gm: GraphModule) -> int:
     """Return how many images a traced graph should run together."""
     if not is_on_cpu(gm) or not is_logits(gm.graph.output_node().meta.get("val")):
         return UNLIMITED
-    return images_at_once(gm.graph.nodes, torch.device("cpu"), UNLIMITED)
+    weights = sum(value.nbytes for value in gm.parameters())  # those of integer layers, a quarter of that, are buffers
+    return images_at_once(gm.graph.nodes, torch.device("cpu"), UNLIMITED, BYTES_PER_WEIGHT * weights)
 
 
 def compile(network: nn.Module, *, cuda_graphs: bool = False) -> CompiledNetwork:
