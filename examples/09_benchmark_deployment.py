@@ -120,6 +120,7 @@ class Case:
             self.model(self.calibration[0])
         self.model.eval()
         self.quantized: dict[str, tuple[GraphModule, GraphModule, Tensor]] = {}
+        self.onnx = b""
 
     def bits(self, bits: str, edges: str) -> tuple[GraphModule, GraphModule, Tensor]:
         """Return the simulation, the lowered network, and the logits of the simulation for `images`."""
@@ -177,8 +178,21 @@ def speed(case: Case, key: Row, rounds: int) -> Row:
 
 
 def onnxruntime_int8(case: Case, images: Tensor) -> Network:
-    """Return the network in onnxruntime's int8: quantized statically, QDQ, a scale a channel; on as many threads as torch has."""
+    """Return the network in onnxruntime's int8, on as many threads as torch has."""
     import onnxruntime
+
+    case.onnx = case.onnx or onnx_int8(case)
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    settings.log_severity_level = 4
+    settings.add_session_config_entry("session.force_spinning_stop", "1")  # its threads would spin on while others take their turn
+    session = onnxruntime.InferenceSession(case.onnx, settings, providers=["CPUExecutionProvider"])
+    plain = images.contiguous().numpy()  # it takes NCHW; what it is given is made once, so that its time is its own
+    return lambda given: session.run(None, {"images": plain if given is images else given.contiguous().numpy()})
+
+
+def onnx_int8(case: Case) -> bytes:
+    """Return the network as onnxruntime quantizes it: statically, QDQ, a scale a channel."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -202,13 +216,7 @@ def onnxruntime_int8(case: Case, images: Tensor) -> Network:
         quant_pre_process(float_file, ready, skip_symbolic_shape=True)
         types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
         quantize_static(ready, file, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, **types)
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = torch.get_num_threads()
-        settings.log_severity_level = 4
-        settings.add_session_config_entry("session.force_spinning_stop", "1")  # its threads would spin on while others take their turn
-        session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
-    plain = images.contiguous().numpy()  # it takes NCHW; what it is given is made once, so that its time is its own
-    return lambda given: session.run(None, {"images": plain if given is images else given.contiguous().numpy()})
+        return Path(file).read_bytes()
 
 
 def torchao_int8(case: Case, images: Tensor) -> Network:
