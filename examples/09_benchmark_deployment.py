@@ -12,7 +12,8 @@ of a row take turns, so that a busy machine slows all of them, of a few calls, s
 times are medians. Each row is appended to OUT/runs.jsonl as soon as it is measured, and not repeated when it is there already; OUT/runs.md
 and OUT/runs.png are made from all rows of this machine's versions. A peer that is not installed, or fails, is shown as "-", with the reason
 below. The peers compute in 8 bits whatever the bits of the row. With --device cuda single images run as CUDA graphs in every column, and
-the peers, which are for CPUs, are left out.
+the peers, which are for CPUs, are left out. Simulated and lowered networks run large batches in parts on a CPU; "float32, in parts" is the
+float network run so, too.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from fxquant.networks import build
 from fxquant.placement import EDGES
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "timm:regnetx_006")
-COLUMNS = ("float32, compiled", "bfloat16, compiled", "simulated, compiled", "onnxruntime int8", "torchao int8")
+COLUMNS = ("float32, compiled", "float32, in parts", "bfloat16, compiled", "simulated, compiled", "onnxruntime int8", "torchao int8")
 LOWERED = "lowered, compiled"
 SIZES = ("float state_dict", "file W8", "file W4", "file W2", "ONNX W8", "ONNX W4", "ONNX W2", "ONNX clip", "torchao int8")
 COMPARED = 64
@@ -102,7 +103,7 @@ def measure(case: Case, keys: list[Row], rounds: int, log: Path) -> None:
 
 
 class Case:
-    """A network with random weights, random images, and what was quantized of it, on the CPU; `device` is where speed is measured."""
+    """A network with random weights, random images, and what was quantized of it, which is on `device`."""
 
     def __init__(self, name: str, device: str):
         torch.manual_seed(0)
@@ -154,6 +155,8 @@ def speed(case: Case, key: Row, rounds: int) -> Row:
         model = copy.deepcopy(case.model).to(case.device)
         networks: dict[str, Network] = dict(variants(model, simulated, lowered, cuda_graphs))
         del networks["float32, eager"]
+        if key["batch"] > 1:
+            networks["float32, in parts"] = fxquant.compile(fxquant.trace(model, images[:2]))
         missing: dict[str, str] = {}
         for name, make in {} if not key["peers"] else {"onnxruntime int8": onnxruntime_int8, "torchao int8": torchao_int8}.items():
             try:
@@ -356,7 +359,7 @@ def plot(rows: list[Row], path: Path) -> None:
         shown = [row for row in rows if (f"{row['bits']}, edges {row['edges']}", row["threads"]) == (bits, count)]
         for place, name in enumerate(COLUMNS):
             heights = [row["milliseconds"].get(name, 0) / row["milliseconds"][LOWERED] for row in shown]
-            axis.bar([group + (place - 2) * 0.17 for group in range(len(shown))], heights, 0.16, label=name)
+            axis.bar([group + (place - 2.5) * 0.15 for group in range(len(shown))], heights, 0.14, label=name)
         axis.set_xticks(range(len(shown)), [f"{row['network']}\nbatch {row['batch']}" for row in shown], fontsize=7)
         axis.axhline(1, color="grey", linewidth=1)
         axis.set(title=f"{bits}, {count} thread(s)", ylabel="time over lowered")

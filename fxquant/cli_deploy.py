@@ -108,14 +108,15 @@ def run_bench(options: argparse.Namespace) -> None:
     lowered, note = _lowered(qmodel, device.type)
     rows = measured(options, device, network.model.to(device), qmodel, lowered)
     title = f"{network.name}, {_bits(qmodel)}, torch {torch.__version__}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     if device.type == "cuda":
-        title += f", {torch.cuda.get_device_name(device)}{', CUDA graphs' if options.cuda_graphs else ''}"
+        title += f", {name}{', CUDA graphs' if options.cuda_graphs else ''}"
     for count in dict.fromkeys(row["threads"] for row in rows):
         Console().print(_table([row for row in rows if row["threads"] == count], f"{title}, {_plural(count, 'thread')}"))
     Console(soft_wrap=True).print(note, markup=False, highlight=False)
     if options.json:
         found = {"network": network.name, "bits": _bits(qmodel), "torch": torch.__version__, "rounds": options.rounds, "lowered": note}
-        found |= {"device": str(device), "cuda_graphs": options.cuda_graphs}
+        found |= {"device": name, "cuda_graphs": options.cuda_graphs}
         Path(options.json).write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     if options.plot:
         plot(rows, title, options.plot)

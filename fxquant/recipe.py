@@ -98,7 +98,7 @@ class Recipe:
     unit_granularity: str = "block"
     """What is learned together: ``"layer"``, ``"block"``, ``"pack"`` (runs of blocks, Pack-PTQ) or ``"network"``."""
     unit_longest: int = 12
-    """Most layers of a block: longer ones are split where their structure allows it."""
+    """Most layers of a block, whose outputs are also what the stage `finish` matches: longer ones are split where they can be."""
     pack_length: int = 4
     """Most blocks in a pack."""
     pack_score: str = "simple"
@@ -137,12 +137,12 @@ class Recipe:
     unit_correction_iterations: int = 0
     """Steps of distribution correction for each batch of a unit's float input (PD-Quant: 500)."""
     unit_correction_rate: float = 1e-3
-    unit_correction_pull: float = 50.0
-    """Weight that holds the corrected input to the true one (PD-Quant: 1 / 0.02)."""
     unit_correction_patience: int = 100
     unit_correction_decay: float = 0.1
     unit_correction_least_rate: float = 1e-5
     """Steps without a smaller loss, behind which that rate falls by this factor, down to this one."""
+    unit_correction_pull: float = 50.0
+    """Weight that holds the corrected input to the true one (PD-Quant: 1 / 0.02)."""
     unit_ranges: str = "float"
     """Where the scales of activations start: ``"float"``, from the float network, or ``"prefix"``, from what reaches the unit
     (PD-Quant)."""

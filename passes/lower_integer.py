@@ -90,7 +90,7 @@ class LowerInteger(Pass):
             elif node in self.layers and node not in fused:
                 self._lower(node)
         if self.log.count:
-            floats, reasons = float_operations(gm, set(self.bytes.values()), self.grids)
+            floats, reasons = float_operations(gm, self.grids)
             for node, reason in reasons.items():
                 self.skip(node, reason)
             if floats:

@@ -378,7 +378,7 @@ def test_the_benchmark_measures_nothing_twice(tmp_path: Path, monkeypatch: pytes
     module.main()
     assert done == [("resnet18", ("W2A2", 1, 1)), ("resnet18", ("W2A2", 1, 8)), ("resnet18", "sizes")]
     text = (tmp_path / "runs.md").read_text()
-    assert "| resnet18 | W2A2 | integer | 1 | 8 | 2.00 | 4.00 | 2.00 | 4.50 | 1.50 | - | 1.0e-07 | 100.0% of 64 |" in text
+    assert "| resnet18 | W2A2 | integer | 1 | 8 | 2.00 | 4.00 | - | 2.00 | 4.50 | 1.50 | - | 1.0e-07 | 100.0% of 64 |" in text
     assert "- torchao int8, resnet18: ImportError: none" in text
     assert "| resnet18 | 4,000 (1/1.00) | - | - | 300 (1/13.33) |" in text
     assert (tmp_path / "runs.png").stat().st_size > 1000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
+import dataclasses
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ import fxquant
 from fxquant import execution
 from fxquant.deploy import cpu, cuda
 from fxquant.deploy.bytes import Quantize
+from fxquant.deploy.compiled import parts_of
 from fxquant.deploy.cpu import CpuIntegerLayer
 from fxquant.deploy.integers import Grid
 from fxquant.errors import ConfigError, FxquantWarning, ModelError
@@ -22,6 +23,7 @@ from fxquant.kinds import kind
 from fxquant.networks import build
 from fxquant.placement import EDGES
 from fxquant.quantizers import LogQuantizer, UniformQuantizer
+from fxquant.tree import tensors_of
 
 needs_vnni = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -233,9 +235,35 @@ def test_parts_are_large_enough_to_be_worth_reading_the_weights_again(monkeypatc
 
 
 @needs_vnni
-def test_bytes_leave_the_caches_later_than_floats(simulation):
-    simulation = fxquant.quantize(make("residual"), [small_images(8)], 4, 4, False, recipe="fast", edges="integer", progress=False)
-    assert fxquant.compile(fxquant.lower(simulation))._most >= 2 * fxquant.compile(simulation)._most
+def test_bytes_leave_the_caches_later_than_floats(calibration, monkeypatch):
+    simulation = fxquant.quantize(make("residual"), calibration, 4, 4, False, recipe="fast", edges="integer", progress=False)
+    lowered = fxquant.lower(simulation)
+    largest = 8 * 16 * 16  # bytes of the first layer's output; an image has 12 * 16 * 16
+    assert largest_of(simulation) == 4 * largest and largest_of(lowered) == 1.5 * largest
+    monkeypatch.setattr(execution, "LARGEST_VALUE", 120 * largest)
+    monkeypatch.setattr("fxquant.deploy.compiled.BYTES_PER_WEIGHT", 0)
+    assert [fxquant.compile(network)._most for network in (simulation, lowered)] == [30, 80]
+    layers = [module for module in lowered.modules() if isinstance(module, CpuIntegerLayer)]
+    for layer in layers:
+        layer.bytes = 10**6
+    monkeypatch.setattr("fxquant.deploy.compiled.BYTES_PER_WEIGHT", 8)
+    assert fxquant.compile(lowered)._most > 1000
+
+
+def test_no_part_is_longer_than_asked_and_all_are_on_one_side_of_sixteen():
+    for most in range(4, 40):
+        for count in range(1, 200):
+            sizes = [len(part) for part in torch.arange(count).tensor_split(parts_of(count, most))]
+            assert sum(sizes) == count and min(sizes) >= 1 and max(sizes) <= most
+            assert (min(sizes) >= 16) == (max(sizes) >= 16)
+            assert len(sizes) <= max(-(-count // most), -(-count // 15))
+
+
+class Turned(nn.Sequential):
+    """Logits with a column an image."""
+
+    def forward(self, x):
+        return super().forward(x).t()
 
 
 def test_what_has_no_traced_sizes_or_returns_no_logits_runs_whole(monkeypatch):
@@ -243,8 +271,8 @@ def test_what_has_no_traced_sizes_or_returns_no_logits_runs_whole(monkeypatch):
     monkeypatch.setattr(execution, "LARGEST_VALUE", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     x = small_images(12)
-    several = fxquant.trace(make("several_outputs"), x)
-    for network in (make("residual"), torch.fx.symbolic_trace(make("chain")), several):
+    several, turned = fxquant.trace(make("several_outputs"), x), fxquant.trace(Turned(make("chain")).eval(), x)
+    for network in (make("residual"), torch.fx.symbolic_trace(make("chain")), several, turned):
         compiled, seen = fxquant.compile(network.eval()), []
         compiled._run.register_forward_pre_hook(lambda module, given, seen=seen: seen.append(len(given[0])))
         compiled(x)
@@ -254,11 +282,16 @@ def test_what_has_no_traced_sizes_or_returns_no_logits_runs_whole(monkeypatch):
 def test_parts_compiled(simulation, monkeypatch):
     monkeypatch.setattr(execution, "LARGEST_VALUE", 1)
     monkeypatch.setattr("fxquant.deploy.compiled.BYTES_PER_WEIGHT", 0)
-    x, seen = small_images(9), []
-    compiled = fxquant.compile(simulation)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, seen = fxquant.compile(simulation), []
     monkeypatch.setattr(compiled, "_whole", lambda part, whole=compiled._whole: (seen.append(len(part)), whole(part))[1])
-    torch.testing.assert_close(compiled(x), simulation(x), rtol=1e-4, atol=1e-4)
-    assert len(seen) == max(1, math.ceil(9 / max(1, 4 * torch.get_num_threads())))
+    for count, wanted in ((10, [4, 3, 3]), (4, [4]), (9, [3, 3, 3])):
+        x = small_images(count).contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(compiled(x), simulation(x), rtol=1e-4, atol=1e-4)
+        assert seen == wanted
+        seen.clear()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @needs_vnni
@@ -436,9 +469,30 @@ def test_cuda_graphs_need_a_gpu(simulation):
         fxquant.compile(simulation, cuda_graphs=True)
 
 
+@dataclasses.dataclass
+class Found:
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("form", [lambda y: y, lambda y: {"logits": y}, lambda y: [y], Found], ids=["tensor", "dict", "list", "dataclass"])
+def test_what_cuda_graphs_give_is_copied(monkeypatch, form):
+    buffer = torch.zeros(2, 10)
+
+    def replayed(images):
+        buffer.fill_(float(images.max()))
+        return form(buffer)
+
+    monkeypatch.setattr("fxquant.deploy.compiled.is_on_cpu", lambda network: False)
+    monkeypatch.setattr(torch, "compile", lambda network, **given: replayed)
+    compiled = fxquant.compile(make("chain"), cuda_graphs=True)
+    first, second = compiled(torch.ones(2, 3, 16, 16)), compiled(2 * torch.ones(2, 3, 16, 16))
+    assert type(first) is type(form(buffer))
+    assert tensors_of(first)[0].unique().item() == 1 and tensors_of(second)[0].unique().item() == 2
+
+
 def test_cuda_graphs_are_asked_for(simulation, monkeypatch):
     asked = []
-    monkeypatch.setattr(torch, "compile", lambda network, fullgraph, options: asked.append(options.get("triton.cudagraphs", False)))
+    monkeypatch.setattr(torch, "compile", lambda network, fullgraph, options: asked.append(options["triton.cudagraphs"]))
     for chosen in (True, False):
         fxquant.compile(copy.deepcopy(simulation).to("meta"), cuda_graphs=chosen)
     assert asked == [True, False]

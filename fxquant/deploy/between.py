@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -83,19 +83,18 @@ def _is_over_maps(node: Node) -> bool:
     return isinstance(axes, list | tuple) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]
 
 
-def float_operations(gm: GraphModule, on_bytes: Set[Node], grids: Mapping[Node, Grid]) -> tuple[Counter[str], dict[Node, str]]:
+def float_operations(gm: GraphModule, grids: Mapping[Node, Grid]) -> tuple[Counter[str], dict[Node, str]]:
     """Find what computes floats in a lowered graph besides layers and products, of which each is skipped by name.
 
     Args:
-        gm: the graph; what its output does not need is not counted, and what lowering made has no traced value.
-        on_bytes: nodes that lowering copied to work on bytes, with the values that were traced for floats.
+        gm: the graph; what its output does not need is not counted. What lowering made gives bytes or has no traced value.
         grids: of the tensors that are bytes.
 
     Returns:
         how many there are by name, and with a reason those that could have worked on bytes.
     """
     modules, found, reasons = dict(called(gm)), Counter[str](), dict[Node, str]()
-    needed = behind(gm.graph.output_node()) - on_bytes
+    needed = behind(gm.graph.output_node())
     for node in gm.graph.nodes:
         if node not in needed:
             continue

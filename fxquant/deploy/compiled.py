@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch._inductor.config as inductor
 from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
-from torch.fx.node import map_aggregate
 
+from fxquant.deploy.cpu import CpuIntegerLayer
 from fxquant.deploy.onednn import add_in_place
 from fxquant.deploy.vnni import SHIM, VnniProduct
 from fxquant.errors import ConfigError
@@ -30,10 +31,13 @@ class _AddInPlace(CustomGraphPass):
 
 _ADD_IN_PLACE = _AddInPlace()
 
+# Measured with ResNet-18, ResNet-50, MobileNetV2 and RegNetX-600MF, batches of 32, whole and in parts of 16, 8 and 4, one thread and two.
 IMAGES_PER_THREAD = 4
 """Images that each thread gets at least, where a batch runs in parts."""
 BYTES_PER_WEIGHT = 8
-"""Bytes of values that such a part has at least for each byte of float weights, as every part reads those anew."""
+"""Bytes of values that such a part has at least for each byte of weights, as every part reads those anew."""
+TOLD_APART = 16
+"""Images from which on torch takes other kernels for float convolutions without stride."""
 UNLIMITED = 2**62
 
 
@@ -42,9 +46,10 @@ class CompiledNetwork(nn.Module):
 
     Packed weights must be constants of the compiled graph, which is what inductor calls freezing; it also packs the float layers that are
     left. It compiles at the first call, for any batch size above one, and once more for one image; a float convolution without stride makes
-    torch tell batches of 16 and more apart. It stays what the network was then, on its device: after a change, compile again.
+    torch tell batches of `TOLD_APART` and more apart. It stays what the network was then, on its device: after a change, compile again.
 
-    On a CPU a large batch runs in parts whose tensors stay in the caches, where the network is a traced graph that returns logits.
+    On a CPU a traced graph that returns logits runs a batch in parts where tensors would be larger than `execution.LARGEST_VALUE`, which is
+    faster as long as parts are large enough to keep threads busy and to be worth reading the weights again.
 
     Attributes:
         network: what was compiled.
@@ -58,9 +63,8 @@ class CompiledNetwork(nn.Module):
         self.network = network
         self.cuda_graphs = cuda_graphs
         self._most = UNLIMITED
-        options: dict[str, Any] = {"cpp_wrapper": is_on_cpu(network), "post_grad_custom_post_pass": _ADD_IN_PLACE}
-        if cuda_graphs:
-            options["triton.cudagraphs"] = True
+        options: dict[str, Any] = {"cpp_wrapper": is_on_cpu(network), "triton.cudagraphs": cuda_graphs}
+        options["post_grad_custom_post_pass"] = _ADD_IN_PLACE
         if any(isinstance(module, VnniProduct) for module in network.modules()):
             options["aot_inductor.custom_ops_to_c_shims"] = {torch.ops.fxquant.vnni_layer.default: [SHIM]}
         if isinstance(network, GraphModule):
@@ -76,23 +80,35 @@ class CompiledNetwork(nn.Module):
         most = max(self._most, IMAGES_PER_THREAD * torch.get_num_threads())
         if images.shape[0] <= most:
             return self._whole(images)
-        return torch.cat([self._whole(part) for part in images.tensor_split(math.ceil(images.shape[0] / most))])
+        return torch.cat([self._whole(part) for part in images.tensor_split(parts_of(images.shape[0], most))])
 
     def _whole(self, images: Tensor) -> Any:
         if images.shape[0] > 1:
             torch._dynamo.maybe_mark_dynamic(images, 0)
         with torch.no_grad(), inductor.patch(freezing=True):  # not among the options, as tracing asks for it, too
             outputs = self._run(images)
-        if not self.cuda_graphs:
-            return outputs
-        return map_aggregate(outputs, lambda value: value.clone() if isinstance(value, Tensor) else value)  # the next call overwrites them
+        return copy.deepcopy(outputs) if self.cuda_graphs else outputs  # the next call would write over them
+
+
+def parts_of(count: int, most: int) -> int:
+    """Return into how many parts of at most `most` images to split `count`.
+
+    Not into some below `TOLD_APART` and some not: torch would compile for the later ones, which begin inside of a tensor, and once more for
+    batches of their size that do not.
+    """
+    parts = math.ceil(count / most)
+    return math.ceil(count / (TOLD_APART - 1)) if count // parts < TOLD_APART <= math.ceil(count / parts) else parts
 
 
 def _images_at_once(gm: GraphModule) -> int:
     """Return how many images a traced graph should run together."""
-    if not is_on_cpu(gm) or not is_logits(gm.graph.output_node().meta.get("val")):
+    images, logits = (node.meta.get("val") for node in (next(iter(gm.graph.nodes)), gm.graph.output_node()))
+    if not isinstance(images, Tensor) or not isinstance(logits, Tensor) or not is_on_cpu(gm):
         return UNLIMITED
-    weights = sum(value.nbytes for value in gm.parameters())  # those of integer layers, a quarter of that, are buffers
+    if not is_logits(logits) or str(logits.shape[0]) != str(images.shape[0]):  # no row for each image
+        return UNLIMITED
+    weights = sum(value.nbytes for value in gm.parameters())
+    weights += sum(module.bytes for module in gm.modules() if isinstance(module, CpuIntegerLayer))
     return images_at_once(gm.graph.nodes, torch.device("cpu"), UNLIMITED, BYTES_PER_WEIGHT * weights)
 
 

@@ -57,6 +57,11 @@ def test_it_says_whether_channels_are_held(nets):
         assert len(notes) == (expected is not None) and all(expected in note for note in notes)
 
 
+def test_units_of_which_it_matches_the_outputs_are_as_long_as_the_recipe_says(nets):
+    few, more = (FinishNetwork(nets[0], [X], [X], RECIPE.replace(unit_longest=most), 0, X.device).training(nets[1]) for most in (12, 2))
+    assert len(few.teacher(X)[1]) < len(more.teacher(X)[1])
+
+
 def test_output_kl_moves_zero_points_and_scales_and_no_integer(nets):
     new, _ = finished(nets, "output_kl", output_kl_iterations=20, output_kl_zero_point_rate=1.0, output_kl_rate=1e-2, output_kl_penalty=0.0)
     pairs = [(a, b) for (_, a), (_, b) in zip(called(new), called(nets[1]), strict=True)]
