@@ -170,11 +170,13 @@ def run(data: Data, setting: str, recipe: fxquant.Recipe, seed: int, device: str
     start, worked = time.perf_counter(), time.process_time()
     qmodel = fxquant.quantize(data.model, list(data.calibration.split(64)), w, a, recipe=recipe, seed=seed, device=device)
     seconds, worked = time.perf_counter() - start, time.process_time() - worked
-    student = logits(qmodel.cpu(), data.images)
+    qmodel = qmodel.cpu()
+    student = logits(qmodel, data.images)
     return {
         "top1": top1(student, data.labels),
         "agreement": agreement(student, data.teacher),
         "kl": kl_divergence(student, data.teacher).mean().item(),
+        "kl_learned": kl_divergence(logits(qmodel, data.calibration), logits(data.model, data.calibration)).mean().item(),
         "seconds": seconds,
         "processor_seconds": worked,
         "threads": torch.get_num_threads(),
@@ -225,18 +227,21 @@ def markdown(rows: list[dict[str, Any]], float_top1: float) -> str:
         groups[row["setting"], row["recipe"]].append(row)
     lines = [f"{rows[0]['network']}: float top-1 {float_top1:.2f}\n" if rows else ""]
     lines += [
-        "| bits | recipe | seeds | top-1 % | agreement % | KL to float | seconds | of one core |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| bits | recipe | seeds | top-1 % | agreement % | KL to float | on the calibration images | seconds | of one core |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for (setting, name), group in sorted(groups.items(), key=lambda item: (item[0][0], statistics.mean(row["top1"] for row in item[1]))):
-        cells = [spread([row[column] for row in group], digits) for column, digits in (("top1", 2), ("agreement", 2), ("kl", 4))]
+        columns = (("top1", 2), ("agreement", 2), ("kl", 4), ("kl_learned", 4))
+        cells = [spread([row[column] for row in group if column in row], digits) for column, digits in columns]
         seconds = " | ".join(f"{statistics.mean(row[column] for row in group):.0f}" for column in ("seconds", "processor_seconds"))
         lines.append(f"| {setting} | {name} | {len(group)} | {' | '.join(cells)} | {seconds} |")
     return "\n".join(lines) + "\n"
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Return the value, or mean ± standard deviation of several."""
+    """Return the value, or mean ± standard deviation of several, or a dash."""
+    if not values:
+        return "-"
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 

@@ -17,7 +17,7 @@ from fxquant.deploy import cpu
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
-TABLE = "| bits | recipe | seeds | top-1 % | agreement % | KL to float | seconds | of one core |"
+TABLE = "| bits | recipe | seeds | top-1 % | agreement % | KL to float | on the calibration images | seconds | of one core |"
 
 ZOO = """
 import torch
