@@ -81,7 +81,7 @@ def test_packages_are_those_of_the_tree(project):
     own = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     passes = {".".join(["fxquant", *path.parent.relative_to(ROOT).parts]) for path in (ROOT / "passes").rglob("__init__.py")}
     assert set(tools["packages"]) == own | passes
-    assert tools["package-dir"] == {"fxquant": "fxquant", "fxquant.passes": "passes"}
+    assert tools["package-dir"] == {"": "."}
     code = {path.parent for root in ("fxquant", "passes") for path in (ROOT / root).rglob("*.py")}
     assert all((folder / "__init__.py").is_file() for folder in code)
 
@@ -115,9 +115,10 @@ def test_installed_for_editing(checkout, tmp_path):
     run(sys.executable, "-m", "pip", "install", *options, "-e", checkout, cwd=elsewhere)
     # --target is no site directory: its .pth files are read only when it is added as one
     code = f"import site, sys; sys.path.insert(0, {str(target)!r}); site.addsitedir({str(target)!r}); {SHOW}"
-    here, passes = run(sys.executable, "-S", "-c", _with_site_packages(code), cwd=elsewhere).split()
-    assert Path(here).resolve() == (checkout / "fxquant" / "__init__.py").resolve()
-    assert Path(passes).resolve() == (checkout / "passes" / "__init__.py").resolve()
+    for place in (elsewhere, checkout.parent):  # beside the checkout, whose name is that of the package
+        here, passes = run(sys.executable, "-S", "-c", _with_site_packages(code), cwd=place).split()
+        assert Path(here).resolve() == (checkout / "fxquant" / "__init__.py").resolve()
+        assert Path(passes).resolve() == (checkout / "passes" / "__init__.py").resolve()
     (checkout / "passes" / "added.py").write_text("VALUE = 7\n", encoding="utf-8")
     code = code.replace(SHOW, "from fxquant.passes.added import VALUE; print(VALUE)")
     assert run(sys.executable, "-S", "-c", _with_site_packages(code), cwd=elsewhere).strip() == "7"
