@@ -149,7 +149,7 @@ class Data:
             self.images, self.labels = zoo.load_images(test, norm)
         if count is not None and len(self.calibration) < count:
             raise SystemExit(f"{train} has {len(self.calibration)} images to calibrate on, not {count}")
-        self.teacher = logits(self.model, self.images)
+        self.teacher, self.taught = logits(self.model, self.images), logits(self.model, self.calibration)
         self.float_top1 = top1(self.teacher, self.labels)
 
 
@@ -176,7 +176,7 @@ def run(data: Data, setting: str, recipe: fxquant.Recipe, seed: int, device: str
         "top1": top1(student, data.labels),
         "agreement": agreement(student, data.teacher),
         "kl": kl_divergence(student, data.teacher).mean().item(),
-        "kl_learned": kl_divergence(logits(qmodel, data.calibration), logits(data.model, data.calibration)).mean().item(),
+        "kl_learned": kl_divergence(logits(qmodel, data.calibration), data.taught).mean().item(),
         "seconds": seconds,
         "processor_seconds": worked,
         "threads": torch.get_num_threads(),

@@ -213,6 +213,13 @@ def test_bench_bad_input(place: Path, tmp_path: Path, capsys, quick, words: list
     assert expected.replace("FILE", given["FILE"]) in text
 
 
+def test_bench_on_a_device_without_kernels(place: Path, capsys, quick, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_deploy, "working_device", lambda model, device: torch.device(device))
+    text = message(capsys, run("bench", place / "q.safetensors", "--device", "xpu"))
+    assert "--device: there are no integer kernels for xpu. Use cpu or cuda" in text
+    assert quick == []
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("words", [[], ["--cuda-graphs"]])

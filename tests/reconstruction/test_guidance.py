@@ -147,11 +147,11 @@ def test_correction_of_the_first_step_follows_the_gradient_of_the_formula():
 
 def test_the_rate_of_the_correction_falls_as_the_recipe_says():
     """Without patience, under a pull that every step makes worse, from the second step that is no better on."""
-    path = {"name": "residual", "layer": "layers.0.conv1", "unit_correction_pull": 1e6, "unit_correction_iterations": 6}
+    given = {"name": "residual", "layer": "layers.0.conv1", "unit_correction_pull": 1e6, "unit_correction_iterations": 6}
     everything = torch.arange(COUNT)
 
     def moved(**fields) -> torch.Tensor:
-        _, visit, _, read = corrected(**path, **fields)
+        _, visit, _, read = corrected(**given, **fields)
         return (read(everything)[0][0] - visit.floats(everything)[0]).abs().mean()
 
     patient = moved(unit_correction_patience=100)

@@ -107,8 +107,8 @@ def test_folded_it_computes_the_same(nets):
 
 def test_moments_are_of_as_many_images_as_the_recipe_says(nets, monkeypatch):
     training = training_of(nets, replace(MATCHED, match_images=5, iterations=2, checks=1))
-    asked, count = [], training._run_for_moments
-    monkeypatch.setattr(training, "_run_for_moments", lambda images: (asked.append(images), count(images)))
+    asked, ask = [], training._run_for_moments
+    monkeypatch.setattr(training, "_run_for_moments", lambda images: (asked.append(images), ask(images)))
     training.run(quiet)
     assert set(asked) == {5}
 
