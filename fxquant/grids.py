@@ -9,7 +9,8 @@ integer layer can do besides its products, in front of its rounding: cut to an i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -46,18 +47,60 @@ def _moves_bytes(node: Node) -> bool:
 
 def max_pool(node: Node) -> dict[str, Any] | None:
     """Return the arguments of the ``nn.MaxPool2d`` that `node` computes, or None for anything else."""
-    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    defaults = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
+    given = _pool(node, nn.MaxPool2d, (F.max_pool2d, torch.max_pool2d), defaults)
+    return None if given is None or given["return_indices"] else given
+
+
+@dataclass(frozen=True)
+class Window:
+    """The corner of each map that a pool averages to its only value, and the largest maps for which that is all it gives."""
+
+    size: tuple[int, int]
+    largest: tuple[int, int]
+
+
+def mean_of_maps(node: Node) -> Window | Literal["all"] | None:
+    """Return what part of each map of ``[N, C, H, W]`` `node` averages, where it gives one value a map.
+
+    Returns:
+        ``"all"`` of the map, whatever its size; the window of a pool that was traced where it gives one value; None for anything else, as
+        a pool that counts padding or divides by a number of its own.
+    """
+    parent = node.args[0] if node.args else None
+    if not isinstance(parent, Node) or not is_tensor(parent) or not is_tensor(node) or parent.meta["val"].ndim != 4:
+        return None
+    if node.meta["val"].shape[2:].numel() != 1:
+        return None
+    if kind(node) == "mean":
+        axes = argument(node, 1, "dim", ())
+        return "all" if isinstance(axes, list | tuple) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3] else None
+    adaptive = _pool(node, nn.AdaptiveAvgPool2d, (F.adaptive_avg_pool2d,), {"output_size": None})
+    if adaptive is not None:
+        return "all" if _pair(adaptive["output_size"]) == (1, 1) else None
+    defaults = {"kernel_size": None, "stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None}
+    given = _pool(node, nn.AvgPool2d, (F.avg_pool2d,), defaults)
+    if given is None or given["ceil_mode"] or given["divisor_override"] is not None or _pair(given["padding"]) != (0, 0):
+        return None
+    size = _pair(given["kernel_size"])
+    stride = _pair(given["stride"]) if given["stride"] else size
+    return Window(size, (size[0] + stride[0] - 1, size[1] + stride[1] - 1)) if all(isinstance(n, int) for n in (*size, *stride)) else None
+
+
+def _pool(node: Node, module_type: type[nn.Module], functions: tuple[Any, ...], defaults: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the arguments of a pool, however it is spelled, or None for anything else."""
     if node.op == "call_module":
         module = module_of(node)
-        if type(module) is not nn.MaxPool2d:
-            return None
-        given = {name: getattr(module, name) for name in names}
-    elif node.target in (F.max_pool2d, torch.max_pool2d) and len(node.all_input_nodes) == 1:
-        defaults = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
-        given = {name: argument(node, place + 1, name, defaults.get(name)) for place, name in enumerate(names)}
-    else:
+        return {name: getattr(module, name) for name in defaults} if type(module) is module_type else None
+    if node.target not in functions or len(node.all_input_nodes) != 1:
         return None
-    return None if given["return_indices"] else given
+    return {name: argument(node, place, name, default) for place, (name, default) in enumerate(defaults.items(), 1)}
+
+
+def _pair(size: Any) -> tuple[Any, Any]:
+    """Return the size for both axes of a map, which may be given as one number, or as a sequence of one."""
+    sizes = tuple(size) if isinstance(size, list | tuple) else (size,)
+    return sizes[0], sizes[-1]
 
 
 def zero_padding(node: Node) -> tuple[int, ...] | None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.cat import CAT
 from fxquant.errors import CATError
-from fxquant.graph import argument, free_path, insert_behind, is_tensor, module_of, put_module, sharing_copy
+from fxquant.graph import free_path, insert_behind, is_tensor, module_of, put_module, sharing_copy
+from fxquant.grids import mean_of_maps
 from fxquant.kinds import kind
 from fxquant.passes.freeze import Freeze
 from fxquant.pipeline import Pass
-from fxquant.placement import is_global_pool
 from fxquant.quantizers.layers import QuantizedLayer
 
 
@@ -88,16 +87,7 @@ def _keeps_classes(node: Node) -> bool:
         return False
     if kind(node) == "view":
         return all(size == 1 for size in parent.meta["val"].shape[2:]) and node.meta["val"].ndim == 2
-    if kind(node) == "mean":
-        axes = argument(node, 1, "dim")
-        return isinstance(axes, list | tuple) and {axis % 4 for axis in axes} == {2, 3}
-    if kind(node) != "avg_pool" or not is_global_pool(node):
-        return False
-    # A pool that counts padding, or divides by a number of its own, gives no mean.
-    pool = module_of(node) if node.op == "call_module" else None
-    padding = getattr(pool, "padding", 0) if pool else argument(node, 3, "padding", 0) if node.target is F.avg_pool2d else 0
-    divisor = getattr(pool, "divisor_override", None) if pool else argument(node, 6, "divisor_override")
-    return padding in (0, (0, 0), [0, 0]) and divisor is None
+    return mean_of_maps(node) is not None
 
 
 def logits_node(gm: GraphModule) -> Node | str:

@@ -14,7 +14,7 @@ from fxquant.deploy.bytes import Dequantize, Quantize, cast_images
 from fxquant.deploy.integers import Grid, IntegerLayer, integer_layer
 from fxquant.deploy.pooled import PooledIntegerLayer
 from fxquant.graph import called, free_path, is_tensor, module_of, put_module
-from fxquant.grids import carried_grids, cut_of, terms_of
+from fxquant.grids import Window, carried_grids, cut_of, terms_of
 from fxquant.kinds import QUANTIZED, WEIGHTED, kind
 from fxquant.passes.append_cat import AppendCAT
 from fxquant.passes.freeze import Freeze
@@ -70,7 +70,7 @@ class LowerInteger(Pass):
         self.backend = backend
 
     def run(self, gm: GraphModule) -> None:
-        self.gm, self.pooled = gm, dict[Node, Node]()
+        self.gm, self.pooled = gm, dict[Node, tuple[Node, Window | None]]()
         concats = quantize_in_front_of_concats(gm)
         quantizers = ((node, module) for node, module in called(gm) if isinstance(module, UniformQuantizer))
         self.quantizers = {node: Grid.of(module) for node, module in quantizers if module.spec.axis is None}
@@ -110,7 +110,7 @@ class LowerInteger(Pass):
             if pooled is None:
                 self.skip(node, f"reads {source}, which is not quantized")
                 return None
-            source = self.pooled[node] = pooled
+            source, _ = self.pooled[node] = pooled
         found = integer_layer(module, self.grids[source], _image_shape(node.all_input_nodes[0]))
         refusal = found if isinstance(found, str) else self.backend.refusal(found)
         if refusal is not None:
@@ -154,8 +154,9 @@ class LowerInteger(Pass):
         if source in self.grids:
             new = self._call(node, name, self.backend.build(layer), self.bytes[source])
         else:
-            module = PooledIntegerLayer(layer, node.meta["val"].ndim == 4, self.backend.build)
-            new = self._call(node, name, module, self.bytes[self.pooled[node]])
+            source, window = self.pooled[node]
+            module = PooledIntegerLayer(layer, node.meta["val"].ndim == 4, self.backend.build, window, name)
+            new = self._call(node, name, module, self.bytes[source])
         node.replace_all_uses_with(new)
         self.changed()
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.deploy.bytes import ByteMaxPool2d, BytePad
 from fxquant.deploy.integers import Grid
-from fxquant.graph import argument, behind, called, free_path, is_tensor, module_of, put_module
-from fxquant.grids import max_pool, zero_padding
+from fxquant.graph import behind, called, free_path, is_tensor, module_of, put_module
+from fxquant.grids import Window, max_pool, mean_of_maps, zero_padding
 from fxquant.kinds import QUANTIZED, kind
 from fxquant.placement import is_global_pool
 from fxquant.quantizers import LogQuantizer, UniformQuantizer
 
 _NOT_COUNTED = QUANTIZED | {"view", "getitem", "input", "constant", "output"}
 """Kinds that are skipped by name where they stay floats, and those that compute nothing."""
+_KEEP_ORDER = frozenset({nn.Flatten, torch.flatten, torch.reshape, torch.squeeze, "flatten", "reshape", "view", "squeeze", "contiguous"})
 
 
 def quantize_in_front_of_concats(gm: GraphModule) -> dict[Node, Grid]:
@@ -63,24 +65,25 @@ def copy_on_bytes(gm: GraphModule, node: Node, codes: Mapping[Node, Node], grid:
         return gm.graph.call_module(path, (codes[node.all_input_nodes[0]],))
 
 
-def pooled_bytes(layer: Node, grids: Mapping[Node, Grid]) -> Node | None:
-    """Return the tensor of bytes ``[N, C, H, W]`` whose means over the maps are what `layer` reads, or None."""
-    node = layer.all_input_nodes[0]
-    while kind(node) == "view" and len(node.all_input_nodes) == 1 and is_tensor(node) and node.meta["val"].ndim == 2:
+def pooled_bytes(layer: Node, grids: Mapping[Node, Grid]) -> tuple[Node, Window | None] | None:
+    """Return the tensor of bytes ``[N, C, H, W]`` whose means over maps, or over a window of each, `layer` reads; None if it does not."""
+    module, node = module_of(layer), layer.all_input_nodes[0]
+    if isinstance(module, nn.Conv2d) and (
+        module.groups > 1 or module.kernel_size != (1, 1) or module.padding not in ((0, 0), "same", "valid")
+    ):
+        return None
+    while _keeps_order(node) and is_tensor(node) and node.meta["val"].ndim == 2:
         node = node.all_input_nodes[0]
-    if kind(node) not in ("avg_pool", "mean") or not is_global_pool(node) or not node.all_input_nodes:
+    part = mean_of_maps(node)
+    if part is None or node.all_input_nodes[0] not in grids or layer.meta["val"].shape[2:].numel() > 1:
         return None
-    source = node.all_input_nodes[0]
-    if source not in grids or source.meta["val"].ndim != 4 or not _is_over_maps(node):
-        return None
-    return source if layer.meta["val"].ndim in (2, 4) and layer.meta["val"].shape[2:].numel() == 1 else None
+    return node.all_input_nodes[0], None if part == "all" else part
 
 
-def _is_over_maps(node: Node) -> bool:
-    if kind(node) == "avg_pool":
-        return True
-    axes = argument(node, 1, "dim", ())
-    return isinstance(axes, list | tuple) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]
+def _keeps_order(node: Node) -> bool:
+    """Say whether `node` gives its input in another shape, element by element in the same order."""
+    target = type(module_of(node)) if node.op == "call_module" else node.target
+    return target in _KEEP_ORDER and len(node.all_input_nodes) == 1
 
 
 def float_operations(gm: GraphModule, grids: Mapping[Node, Grid]) -> tuple[Counter[str], dict[Node, str]]:

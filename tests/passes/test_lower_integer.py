@@ -16,6 +16,7 @@ from fxquant.deploy import cpu
 from fxquant.deploy.bytes import Dequantize, Quantize
 from fxquant.deploy.cpu import CpuBackend, CpuIntegerLayer
 from fxquant.deploy.integers import Grid, IntegerLayer
+from fxquant.errors import ConfigError
 from fxquant.graph import called
 from fxquant.kinds import kind
 from fxquant.passes import LowerInteger
@@ -283,6 +284,60 @@ def test_what_moves_no_bytes_reads_floats(body):
     gm = quantize(Net(body, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 4, 3, padding=1)))
     new, _ = lowered(gm)
     assert_same(gm, new, images(8))
+
+
+def pooled_head(pool, head: nn.Module) -> GraphModule:
+    """A quantized network whose `head` reads what `pool` makes of maps ``[N, 8, 8, 8]``."""
+    return quantize(Net(lambda s, x: s.head(pool(F.relu(s.a(x)))), a=nn.Conv2d(3, 8, 3, 2, 1), head=head))
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        pytest.param(lambda y: F.avg_pool2d(y, 8).flatten(1), id="a window as large as the map"),
+        pytest.param(lambda y: nn.AvgPool2d((8, 7), stride=[8])(y).squeeze(), id="a window in the corner"),
+        pytest.param(lambda y: F.adaptive_avg_pool2d(y, (1, 1)).reshape(-1, 8), id="adaptive"),
+        pytest.param(lambda y: y.mean((-1, 2)).contiguous(), id="mean"),
+    ],
+)
+def test_means_of_maps_and_of_their_corners_are_exact(pool):
+    gm = pooled_head(pool, nn.Linear(8, 5))
+    new, log = lowered(gm)
+    assert operations(new)[-1] == "PooledIntegerLayer"
+    assert [where for where, _ in log.skipped] == ["a"]
+    assert_same(gm, new, images(8))
+
+
+@pytest.mark.parametrize(
+    ("pool", "head"),
+    [
+        pytest.param(lambda y: F.avg_pool2d(y, 8, padding=1).flatten(1), nn.Linear(8, 5), id="padding counted"),
+        pytest.param(lambda y: F.avg_pool2d(y, 8, divisor_override=9).flatten(1), nn.Linear(8, 5), id="another divisor"),
+        pytest.param(lambda y: nn.AvgPool2d(9, 9, ceil_mode=True, padding=1)(y).flatten(1), nn.Linear(8, 5), id="rounded up"),
+        pytest.param(lambda y: y.mean((2, 3)).flip(1), nn.Linear(8, 5), id="channels turned round"),
+        pytest.param(lambda y: y.mean((2, 3)).roll(1, 1), nn.Linear(8, 5), id="channels moved"),
+        pytest.param(lambda y: y.mean((2, 3)).narrow(1, 2, 6), nn.Linear(6, 5), id="some channels"),
+        pytest.param(lambda y: y.mean((2, 3), True), nn.Conv2d(8, 4, 1, groups=2), id="groups"),
+        pytest.param(lambda y: y.mean((2, 3), True), nn.Conv2d(8, 4, 3, padding=1), id="a kernel with padding"),
+        pytest.param(lambda y: y.mean((2, 3), True), nn.Conv2d(8, 4, 1, 3, padding=1), id="padding alone"),
+    ],
+)
+def test_what_is_no_mean_of_maps_stays_as_it_is(pool, head):
+    gm = pooled_head(pool, head)
+    new, log = lowered(gm)
+    assert "PooledIntegerLayer" not in operations(new)
+    assert dict(log.skipped)["head"].endswith("which is not quantized")
+    assert_same(gm, new, images(8))
+
+
+def test_a_window_that_images_outgrow():
+    """A graph of convolutions takes images of any size; the pool gives several values for larger ones."""
+    gm = pooled_head(lambda y: F.avg_pool2d(y, 7), nn.Conv2d(8, 5, 1))
+    new, _ = lowered(gm)
+    assert_same(gm, new, torch.rand(4, 3, 26, 18))  # maps of 13 x 9, still one window
+    assert gm(torch.rand(4, 3, 28, 16)).shape == (4, 5, 2, 1)
+    with pytest.raises(ConfigError, match=r"head: the pool in front gives one value for maps up to 13 x 13, not for 14 x 8\."):
+        new(torch.rand(4, 3, 28, 16))
 
 
 def test_a_mean_over_other_axes_is_no_mean_of_maps():
