@@ -140,8 +140,9 @@ def append_selected(
         return student
     if setting == "paper":
         _check_enough(sum(map(len, images)), recipe.cat_clusters)
-    views, groups, made = fresh_views(loader, images, recipe.cat_views, recipe.augment, seed)
-    mine, theirs = logits_of_each([student, teacher], views, narrator, device)
+    with seeded(seed, loader):  # whatever was drawn before: a run that goes on behind its learning stages reads the loader less often
+        views, groups, made = fresh_views(loader, images, recipe.cat_views, recipe.augment, seed, recipe.augment_reach)
+        mine, theirs = logits_of_each([student, teacher], views, narrator, device)
     if setting == "paper":
         cat, choice = _fitted(mine, theirs, "moments", recipe.cat_clusters, recipe.cat_pca, recipe.cat_alpha, seed)
     else:

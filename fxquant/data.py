@@ -118,13 +118,16 @@ def first_images(batches: Iterable[Tensor], count: int, device: torch.device) ->
     return taken
 
 
-def fresh_views(loader: Iterable[Any], batches: list[Tensor], views: int, augment: str, seed: int) -> tuple[Iterable[Tensor], Tensor, str]:
+def fresh_views(
+    loader: Iterable[Any], batches: list[Tensor], views: int, augment: str, seed: int, reach: float = 0.125
+) -> tuple[Iterable[Tensor], Tensor, str]:
     """Return views of the calibration images that no range was chosen on, to be read once.
 
     They are made as they are read, a batch at a time, or a pass of the loader at a time, in batches of the size of `batches`.
 
     The data set of a DataLoader that augments at random (two passes in one order differ) is passed over `views` times, in
-    one order. Otherwise images are shifted (reflected at the border, by up to an eighth of the size) and, with ``"crop+flip"``, mirrored.
+    one order. Otherwise images are shifted (reflected at the border, by up to the share `reach` of the size) and, with ``"crop+flip"``,
+    mirrored.
 
     Returns:
         batches; the source image of each view, ``[N * views]`` int64 (views of one image must not be split over folds); and how the views
@@ -138,17 +141,17 @@ def fresh_views(loader: Iterable[Any], batches: list[Tensor], views: int, augmen
     if augment == "none":
         return batches, sources, "the calibration images themselves"
     generator = torch.Generator().manual_seed(seed)
-    moved = (shift_images(batch, augment == "crop+flip", generator) for _ in range(views) for batch in batches)
+    moved = (shift_images(batch, augment == "crop+flip", generator, reach) for _ in range(views) for batch in batches)
     return moved, sources.repeat(views), f"{views} {'shifted and mirrored' if 'flip' in augment else 'shifted'} views"
 
 
-def shift_images(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+def shift_images(images: Tensor, flip: bool, generator: torch.Generator, reach: float = 0.125) -> Tensor:
     height, width = images.shape[2:]
-    reach = max(height // 8, 1), max(width // 8, 1)
-    mode = "reflect" if reach[0] < height and reach[1] < width else "replicate"
-    padded = F.pad(images, (reach[1], reach[1], reach[0], reach[0]), mode=mode)
-    tops = torch.randint(0, 2 * reach[0] + 1, (len(images),), generator=generator).tolist()
-    lefts = torch.randint(0, 2 * reach[1] + 1, (len(images),), generator=generator).tolist()
+    down, aside = max(int(reach * height), 1), max(int(reach * width), 1)
+    mode = "reflect" if down < height and aside < width else "replicate"
+    padded = F.pad(images, (aside, aside, down, down), mode=mode)
+    tops = torch.randint(0, 2 * down + 1, (len(images),), generator=generator).tolist()
+    lefts = torch.randint(0, 2 * aside + 1, (len(images),), generator=generator).tolist()
     mirrored = (torch.rand(len(images), generator=generator) < 0.5).tolist()
     views = [image[:, top : top + height, left : left + width] for image, top, left in zip(padded, tops, lefts, strict=True)]
     return torch.stack([view.flip(2) if flip and mirror else view for view, mirror in zip(views, mirrored, strict=True)])

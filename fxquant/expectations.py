@@ -68,6 +68,8 @@ def _of(node: Node, found: dict[Node, Expected | str], norms: dict[str, FoldedNo
         norm = norms.get(str(node.target))
         if norm is None:
             return f"no batch norm was folded into {node.target}"
+        if not norm.has_statistics:
+            return f"the batch norm that was folded into {node.target} has no statistics: mean 0 and one deviation for all channels"
         return Expected(*norm.outputs(), Place(node.meta["val"].ndim - 1 if word == "linear" else 1))
     changed = f"{node.name} ({word}) changes the means by more than batch norms tell"
     tensors = [parent for parent in node.all_input_nodes if is_tensor(parent)]

@@ -79,13 +79,13 @@ def working_device(model: object, device: torch.device | str | None) -> torch.de
     """Return `device`, tried; None: where the weights of `model` are, the CPU where it shows none.
 
     Raises:
-        ConfigError: there is no such device here.
+        ConfigError: there is no such device here, or it has no float64.
     """
     if device is None:
         values = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
         return next((value.device for value in values), torch.device("cpu"))
     try:
-        chosen = torch.zeros(1, device=device).device
+        chosen = torch.zeros(1, device=device, dtype=torch.float64).device  # in which ranges are searched, and which not all devices have
     except (RuntimeError, TypeError, AssertionError) as error:
         raise ConfigError(
             f"{str(device)!r} cannot be used: {_first_line(error)}", where="device", fix="Use 'cpu', or leave it out"

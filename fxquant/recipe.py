@@ -32,7 +32,7 @@ cat             append a cluster-based affine transformation of the logits
 
 @dataclass(frozen=True)
 class Recipe:
-    """All constants of a run.
+    """The constants of a run.
 
     Named ones are ``Recipe.FAST``, ``STANDARD``, ``BEST``, ``FINISH``, ``ADAROUND``, ``BRECQ``, ``QDROP``, ``PDQUANT``, ``GENIE``,
     ``PACKPTQ``, ``ERQ`` and ``OUTPUT_KL``; ``Recipe.QDROP.replace(unit_iterations=1000)`` changes a field. Where a field of a unit has no
@@ -92,19 +92,20 @@ class Recipe:
     precision: str = "float32"
     """In which precision the learning stages multiply: ``"float32"``, or ``"bfloat16"`` by autocast. Results are float32 either way."""
     compile: bool = False
-    """Compile the steps of the network-wise stages with ``torch.compile`` (on CUDA with CUDA graphs): worth it from some thousand
-    steps on."""
+    """Compile the steps of the network-wise stages with ``torch.compile`` (on CUDA with CUDA graphs); those of units never are, as each of
+    them would have to be compiled for itself."""
 
     unit_granularity: str = "block"
     """What is learned together: ``"layer"``, ``"block"``, ``"pack"`` (runs of blocks, Pack-PTQ) or ``"network"``."""
     unit_longest: int = 12
-    """Most layers of a block, whose outputs are also what the stage `finish` matches: longer ones are split where they can be."""
+    """Most layers of a block, whose outputs are also what the stage `finish` compares: longer ones are split where they can be."""
     pack_length: int = 4
     """Most blocks in a pack."""
     pack_score: str = "simple"
     """How sensitive a block is: ``"simple"``, ``2 KL / mean(error^2)``, or ``"literal"``, with the first-order term as published."""
     unit_iterations: int = 20_000
     unit_batch: int = 32
+    """Images a step, in the stage ``"scales"`` and in the correction of inputs as well."""
     unit_sampling: str = "random"
     """How batches are drawn: ``"random"`` (with replacement) or ``"epochs"`` (each image once a pass)."""
     unit_rounding_rate: float = 1e-3
@@ -197,9 +198,9 @@ class Recipe:
     """How far contrast, saturation and tint of each view are changed at random, as a share; it falls with finer grids as the square of what
     the rates fall by."""
     finish_holdout: float = 0.0625
-    """Share of the calibration images kept out of the training, to choose by their KL which state is kept."""
+    """Share of the calibration images kept out of the training, to choose by their KL which state is kept; of `output_kl`, too."""
     finish_checks: int = 20
-    """How often that is looked at."""
+    """How often that is looked at, in `output_kl`, too."""
     finish_margin: float = 2.0
     """How many standard errors of the mean difference, image by image, the best state must be ahead of the last one by to be kept
     instead; where the last one is no better than the start, the best is kept anyway. 0: always the best, as `output_kl` does."""
@@ -214,8 +215,10 @@ class Recipe:
     """Decay of the moving average of everything learned, which is what stays (0: the last state)."""
 
     augment: str = "crop"
-    """How fresh views of the calibration images are made when the loader has no randomness of its own: ``"none"``, ``"crop"`` (shift by
-    up to an eighth of the image), ``"crop+flip"``."""
+    """How fresh views of the calibration images are made when the loader has no randomness of its own: ``"none"``, ``"crop"`` (shift),
+    ``"crop+flip"``."""
+    augment_reach: float = 0.125
+    """By which share of the image such a view is shifted at most, in both stages that make views; by one pixel at least."""
     cat_views: int = 4
     """Fresh views of each calibration image that CAT is fitted on."""
     cat_folds: int = 4

@@ -61,6 +61,6 @@ NUMBERS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("finish_warmup", "finish_holdout"), (0.0, 0.9)),
     "finish_averaging": (0.0, 0.99999),
     "finish_margin": (0.0, 1e3),
-    "finish_color": (0.0, 1.0),
+    **dict.fromkeys(("finish_color", "augment_reach"), (0.0, 1.0)),
 }
 """The smallest and the largest number that a field can have; whole where the smallest is written so."""

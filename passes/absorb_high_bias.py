@@ -61,7 +61,7 @@ class AbsorbHighBias(Pass):
             link = follow(node, shared)
             why = link if isinstance(link, str) else _why_not(link)
             if why is None and str(node.target) not in moments:
-                why = "nothing is known of its outputs: no batch norm was folded into it, and there are no images"
+                why = "nothing is known of its outputs: no batch norm with statistics was folded into it, and there are no images"
             if why is not None:
                 self.skip(node, why)
                 continue
@@ -80,7 +80,7 @@ class AbsorbHighBias(Pass):
     def _moments(self, gm: GraphModule) -> Moments:
         if self.batches is None:
             norms: dict[str, FoldedNorm] = gm.meta.get(NORMS, {})
-            return {path: _of_norm(norm) for path, norm in norms.items()}
+            return {path: _of_norm(norm) for path, norm in norms.items() if norm.has_statistics}
         self.note(f"moments over {sum(map(len, self.batches))} images")
         found = {}
         for node, values in self.track(sweep(gm, self.batches), "absorb high bias", len(gm.graph.nodes)):

@@ -145,7 +145,7 @@ class FinishNetwork(Pass):
         if finish:
             augment, blend, color = recipe.finish_augment, recipe.finish_blend, recipe.finish_color * fine**2
         size = recipe.finish_batch if finish else recipe.output_kl_batch
-        views = Views(self.images, rest.nonzero().flatten(), self.loader, augment, blend, size, self.seed, color)
+        views = Views(self.images, rest.nonzero().flatten(), self.loader, augment, blend, size, self.seed, color, recipe.augment_reach)
         held_out = torch.stack([views.images[row] for row in held.tolist()])
         places = places if self.settings.feature_weight else []
         return NetworkTraining(learners, self.teacher, places, views, held_out, rates, self.settings, self.device)

@@ -16,12 +16,12 @@ from fxquant.recipe import Recipe
 from fxquant.reconstruction.guidance import choose_ranges_again, corrected_inputs, output_gradients, suffix_of
 from fxquant.reconstruction.keeper import Keeper
 from fxquant.reconstruction.learners import put_modules
-from fxquant.reconstruction.network import is_logits
 from fxquant.reconstruction.norms import NORMS
-from fxquant.reconstruction.packs import pack
+from fxquant.reconstruction.packs import pack, returns_logits
 from fxquant.reconstruction.store import Store
 from fxquant.reconstruction.unit import Show, UnitData, UnitSettings, learn_unit
 from fxquant.reconstruction.walk import Visit, Walk, cache_of
+from fxquant.tree import is_logits
 from fxquant.units import Unit, cut
 
 
@@ -100,6 +100,12 @@ class ReconstructUnits(Pass):
 
     def _summarize(self, units: Sequence[Unit], store: Store) -> None:
         self.note(f"{sum(1 for unit in units if unit.layers)} units, {self.recipe.unit_granularity} by {self.recipe.unit_granularity}")
+        if self.recipe.unit_granularity == "pack" and self.stage == "units" and not returns_logits(self.teacher):
+            self.note("the network returns no logits [N, C], so packs are cut by their length alone")
+        if self.stage == "units" and self.recipe.unit_correction_iterations:
+            unknown = [path for path, norm in self.teacher.meta.get(NORMS, {}).items() if not norm.has_statistics]
+            if unknown:
+                self.note(f"inputs are not corrected by {len(unknown)} batch norms that have no statistics, as that of {unknown[0]}")
         if self.settings.batch > store.count:
             self.note(f"batches of {store.count}: there are no more images")
         self.note(f"the cache held {gib(store.peak)} at most")
@@ -118,7 +124,7 @@ class ReconstructUnits(Pass):
             if settings.kl_weight:
                 data.suffix, data.logits = suffix, logits
         if self.stage == "units" and recipe.unit_correction_iterations:
-            norms = self.teacher.meta.get(NORMS, {})
+            norms = {path: norm for path, norm in self.teacher.meta.get(NORMS, {}).items() if norm.has_statistics}
             names, data.corrected = corrected_inputs(visit, walk, norms, store.count, recipe, show)
             extra += names
         outcome = learn_unit(data, settings, (self.seed * 1_000_003 + visit.index) % 2**63, show)

@@ -114,6 +114,15 @@ def test_no_views(numbered):
     assert made == "the calibration images themselves"
 
 
+def test_reach_of_shifts(numbered):
+    views = torch.cat(list(fresh_views(numbered, numbered, 20, "crop", 0, 0.25)[0]))
+    source = torch.cat(numbered).repeat(20, 1, 1, 1)
+    rows = ((views - source)[:, 0, 8, 8] * 16).round()  # a row of an image is a sixteenth, a column less than half of one
+    assert rows.abs().max() == 4
+    with pytest.raises(fxquant.ConfigError, match=r"Recipe\.augment_reach: 1\.5 is no number from 0\.0 to 1\.0"):
+        fxquant.Recipe(augment_reach=1.5)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_views_of_tiny_images(size):
     image = torch.rand(5, 2, size, size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from fxquant.expectations import Expected, expectations, rectified_mean
 from fxquant.graph import is_tensor
 from fxquant.passes import PREPARE, EqualizeChannels
 from fxquant.pipeline import Pipeline
+from fxquant.reconstruction.norms import NORMS
 
 
 def test_rectified_means_are_the_integrals():
@@ -104,9 +107,18 @@ def test_reasons(body, why):
     assert isinstance(known, str) and why in known
 
 
+def test_a_norm_without_statistics_tells_nothing():
+    gm, _ = exact(BODIES["relu"], conv=nn.Conv2d(3, 8, 1), bn=nn.BatchNorm2d(8), fc=nn.Linear(8, 4))
+    norm = gm.meta[NORMS]["conv"]
+    gm.meta[NORMS] = {"conv": replace(norm, mean=torch.zeros(8), deviation=torch.ones(8))}
+    known = expectations(gm)[next(node for node in gm.graph.nodes if node.target == "fc").all_input_nodes[0]]
+    assert isinstance(known, str) and known.startswith("the batch norm that was folded into conv has no statistics")
+
+
 def test_a_bound_a_channel_behind_a_flattened_map():
     net = Net(lambda self, x: self.wide(F.relu6(self.bn(self.conv(x)).flatten(1))), conv=nn.Conv2d(3, 8, 1), bn=nn.BatchNorm2d(8))
     net.wide = nn.Linear(8 * 16, 4)
+    nn.init.normal_(net.bn.running_mean)
     gm = Pipeline([EqualizeChannels()]).run(prepared_at(net.eval(), torch.randn(2, 3, 4, 4)))
     assert any(isinstance(part, ChannelClamp) for part in gm.modules())
     known = expectations(gm)[next(node for node in gm.graph.nodes if node.target == "wide").all_input_nodes[0]]

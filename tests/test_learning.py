@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.ops import DeformConv2d
 
 import fxquant
+from fxquant.cat import CAT
 from fxquant.errors import CheckpointError, ConfigError, FxquantWarning
 from fxquant.graph import called
 from fxquant.metrics import kl_divergence
@@ -383,7 +384,8 @@ def test_a_kill_at_every_checkpoint_of_one_run(net, images, tmp_path, monkeypatc
 
 
 KILLED = """
-import sys, torch
+import signal, sys, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process that was started in the background ignores
 sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(int(sys.argv[2]))
 import nets
@@ -480,19 +482,23 @@ def test_resume_behind_a_stage_with_nothing_to_train(net, images, tmp_path, monk
     check_same(again, plain, images[0])
 
 
-def test_resume_behind_all_learning(net, images, tmp_path, monkeypatch):
-    """CAT fails, say: the learning is not done again."""
-    recipe = ALL.replace(stages=(*STAGES, "cat"))
-    plain = quantize(net, images, recipe=recipe, cat=True)
+@pytest.mark.parametrize("augmenting", [False, True])
+def test_resume_behind_all_learning(net, images, tmp_path, monkeypatch, augmenting):
+    """CAT fails, say: the learning is not done again, and views that a loader makes of the images are what they would have been."""
+    recipe, batch = ALL.replace(stages=(*STAGES, "cat"), cat_clusters=4, cat_pca=3), images[0]
+    if augmenting:
+        images = DataLoader(Noisy(torch.cat(images)), 16)
+    plain = quantize(net, images, recipe=recipe, cat="paper")
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["fxquant.quantize"], "append_selected", _raising(Killed()))
         with pytest.raises(Killed):
-            quantize(net, images, recipe=recipe, cat=True, checkpoint=tmp_path / "run")
+            quantize(net, images, recipe=recipe, cat="paper", checkpoint=tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(UnitLearning, "backward", _raising(AssertionError("learned again")))
         patch.setattr(NetworkTraining, "backward", _raising(AssertionError("learned again")))
-        again = quantize(net, images, recipe=recipe, cat=True, resume=tmp_path / "run")
-    check_same(again, plain, images[0])
+        again = quantize(net, images, recipe=recipe, cat="paper", resume=tmp_path / "run")
+    check_same(again, plain, batch)
+    assert any(isinstance(module, CAT) for module in again.modules())
     assert not (tmp_path / "run").exists()
 
 
@@ -797,6 +803,23 @@ def test_a_network_without_logits(name):
     if name == "pdquant":
         said = [note for note in notes_of(quantized, "units") if "no logits" in note]
         assert said == ["the network returns no logits [N, C], so their KL is not used"]
+    if name == "packptq":
+        assert "the network returns no logits [N, C], so packs are cut by their length alone" in notes_of(quantized, "units")
+
+
+def test_batch_norms_without_statistics_correct_no_inputs():
+    """As in files whose norms were folded before."""
+    net = nets.make("chain")
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.zero_()
+            norm.running_var.fill_(1)
+    quantized = quantize(net, [nets.images(12)], 3, 3, recipe=brief("pdquant"))
+    assert "inputs are not corrected by 2 batch norms that have no statistics, as that of 0" in notes_of(quantized, "units")
+    assert not any(
+        "no statistics" in note
+        for note in notes_of(quantize(nets.make("chain"), [nets.images(12)], 3, 3, recipe=brief("pdquant")), "units")
+    )
 
 
 def test_a_network_without_logits_gets_closer_too():

@@ -1,4 +1,4 @@
-"""A trained network on real images, ranges alone: the numbers that the README claims. Slow; needs the data."""
+"""A trained network on real images, against a little less than the numbers of examples/measurements.md. Slow; needs the data."""
 
 from __future__ import annotations
 
@@ -76,11 +76,21 @@ def test_eight_bits(measure):
 
 
 def test_four_bits(measure):
-    assert measure(4, False)[0] >= 89
+    assert measure(4, False)[0] >= 90.1
 
 
 def test_two_bits(measure):
-    assert measure(2, False)[0] >= 14.1
+    assert measure(2, False)[0] >= 59
+
+
+def test_learning_at_two_bits(trained):
+    """A tenth of the steps of the default, which has 86 % in the end."""
+    network, train, test, labels = trained
+    recipe = fxquant.Recipe.STANDARD.replace(finish_iterations=320)
+    quantized = fxquant.quantize(network, train, 2, 2, recipe=recipe, progress=False)
+    student = logits(quantized, test)
+    print(f"W2A2, 320 steps: top-1 {top1(student, labels):.2f}, KL {kl_divergence(student, logits(network, test)).mean():.4f}")
+    assert top1(student, labels) >= 78
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])

@@ -33,6 +33,7 @@ FINISH = {
     "match": False,
     "margin": 1.5,
     "holdout_temperature": 2.5,
+    "match_images": 33,
 }
 """Values that no default has."""
 
@@ -124,6 +125,35 @@ def test_every_constant_of_the_network_wise_stages_comes_from_the_recipe():
     changed = Recipe(**words, finish_checks=7, output_kl_iterations=11, output_kl_temperature=3.0, output_kl_penalty=0.7)
     wanted = NetworkSettings(iterations=11, temperature=3.0, penalty=0.7, checks=7, margin=0.0, holdout_temperature=3.0, **words)
     assert output_kl_settings(changed) == wanted
+
+
+UNITS = {
+    "iterations": 11,
+    "batch": 5,
+    "sampling": "epochs",
+    "rounding_rate": 0.02,
+    "rounding_weight": 0.3,
+    "beta_shape": "cosine",
+    "warmup": 0.35,
+    "activations": False,
+    "activation_rate": 0.04,
+    "scale_rate": 0.05,
+    "bias_rate": 0.06,
+    "drop": 0.7,
+    "input_drop": 0.8,
+    "fisher": "full",
+    "kl_weight": 9.0,
+    "kl_temperature": 3.0,
+}
+
+
+def test_every_constant_of_the_unit_wise_stages_comes_from_the_recipe():
+    recipe = Recipe(
+        precision="bfloat16", unit_beta_start=30.0, unit_beta_end=3.0, **{f"unit_{name}": value for name, value in UNITS.items()}
+    )
+    found = dataclasses.asdict(unit_settings(recipe))
+    assert found == {**UNITS, "beta": (30.0, 3.0), "precision": "bfloat16", "p": 2.0}  # p is of the stage "scales" alone
+    assert dataclasses.asdict(unit_settings(Recipe())).items().isdisjoint(UNITS.items())
 
 
 @pytest.mark.parametrize("name", ["", "slow", None, 3, {}, []])

@@ -175,7 +175,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
     "inception_v3": (lambda: zoo.inception_v3(aux_logits=False, init_weights=False), 96, 17, 10),
     "regnet_y_400mf": (zoo.regnet_y_400mf, 64, 18, 6),
     "mobilenet_v3_small": (zoo.mobilenet_v3_small, 64, 15, 5),
-    "swin_v2_t": (zoo.swin_v2_t, 64, 17, 5),
+    "swin_v2_t": (zoo.swin_v2_t, 64, 17, 4),
     "timm efficientnet_b0": (lambda: timm.create_model("efficientnet_b0"), 64, 19, 5),
     "hrnet_w18_small": (lambda: timm.create_model("hrnet_w18_small"), 64, 54, 4),
     "dla34": (lambda: timm.create_model("dla34"), 64, 13, 10),

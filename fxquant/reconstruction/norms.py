@@ -20,6 +20,11 @@ class FoldedNorm:
     factor: Tensor
     shift: Tensor
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether those statistics are of data: a norm that was folded before, or never trained, has mean 0 and one deviation for all."""
+        return bool((self.mean != 0).any()) or bool((self.deviation != self.deviation[0]).any())
+
     def outputs(self) -> tuple[Tensor, Tensor]:
         """Return mean and deviation of y', float64."""
         return self.factor.double() * self.mean + self.shift, (self.factor.double() * self.deviation).abs()

@@ -42,7 +42,9 @@ def pack(
     """
     learned = [index for index, unit in enumerate(units) if unit.layers]
     inner = learned[1:-1]
-    scores = sensitivities(teacher, student, units, images, store, recipe.pack_score == "literal", show)
+    scores = [0.0] * len(units)
+    if returns_logits(teacher):
+        scores = sensitivities(teacher, student, units, images, store, recipe.pack_score == "literal", show)
     nodes = {node.name: node for node in teacher.graph.nodes}
     sizes = [recipe.unit_batch * sum(bytes_per_image(nodes[name]) for name in units[index].nodes) for index in inner]
     runs = adaptive_packs([scores[index] for index in inner], sizes, recipe.pack_length, recipe.memory_gib * 2**30)
@@ -52,6 +54,11 @@ def pack(
         packed += [*units[done:first], units[first] if first == last else merge(teacher, units[first : last + 1])]
         done = last + 1
     return [*packed, *units[done:]]
+
+
+def returns_logits(teacher: GraphModule) -> bool:
+    """Say whether a traced network gives logits ``[N, C]``, by which blocks are scored; without them packs are cut by length alone."""
+    return is_logits(teacher.graph.output_node().meta.get("val"))
 
 
 def adaptive_packs(scores: Sequence[float], sizes: Sequence[float], length: int, budget: float) -> list[tuple[int, int]]:

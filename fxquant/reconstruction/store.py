@@ -187,7 +187,8 @@ class Store:
                 f"{name!r} takes {gib(size)}, which is beyond it ({held}), and {self.folder} does not take it either"
                 f" ({error.strerror or error}; {free_space(self.folder)})",
                 where="Recipe.memory_gib",
-                fix="Raise it, free disk space, set the environment variable TMPDIR to a folder on a larger disk, or pass fewer images",
+                fix="Free disk space, or set the environment variable TMPDIR to a folder on a larger disk, and go on with resume if there"
+                " is a checkpoint; or raise it, or pass fewer images, and begin anew",
             ) from error
 
 

@@ -42,9 +42,10 @@ class Views:
         size: int,
         seed: int,
         color: float = 0.0,
+        reach: float = 0.125,
     ):
         self.images, self.rows, self.augment, self.blend, self.seed = _rows(images), rows, augment, blend, seed
-        self.color = color
+        self.color, self.reach = color, reach
         self.size = min(size, len(rows))
         repeating = in_one_order(loader)
         self.loader = repeating if repeating is not None and is_random(repeating) else None
@@ -60,7 +61,7 @@ class Views:
         places = [divmod(place, len(self.rows)) for place in range(step * self.size, (step + 1) * self.size)]
         views = torch.stack([self._source(epoch)[int(self._order(epoch)[row])] for epoch, row in places])
         if self.loader is None and self.augment != "none":
-            views = shift_images(views, self.augment == "crop+flip", generator)
+            views = shift_images(views, self.augment == "crop+flip", generator, self.reach)
         if self.color:
             views = recolored(views, self.color, generator)
         if self.blend and torch.rand((), generator=generator) < self.blend:

@@ -102,7 +102,19 @@ def test_images_instead_of_norms():
     gm.meta.pop(NORMS)
     new, log = apply(gm, AbsorbHighBias())
     assert new is gm
-    assert log.skipped[0] == ("0", "nothing is known of its outputs: no batch norm was folded into it, and there are no images")
+    assert log.skipped[0] == (
+        "0",
+        "nothing is known of its outputs: no batch norm with statistics was folded into it, and there are no images",
+    )
+
+
+def test_a_norm_without_statistics_says_nothing_of_outputs():
+    gm = pair(nn.ReLU())
+    norm = gm.meta[NORMS]["0"]
+    gm.meta[NORMS] = {"0": replace(norm, mean=torch.zeros_like(norm.mean), deviation=torch.ones_like(norm.deviation))}
+    new, log = apply(gm, AbsorbHighBias())
+    assert new is gm
+    assert log.skipped[0][1].startswith("nothing is known of its outputs: no batch norm with statistics")
 
 
 @pytest.mark.parametrize("equalized", [False, True])

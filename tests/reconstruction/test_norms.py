@@ -78,6 +78,15 @@ def test_images_with_the_stored_statistics_are_at_no_distance():
     assert norm_distance(out + factor.view(-1, 1, 1), norm).item() == pytest.approx(channels, rel=1e-4)  # each mean is off by one
 
 
+@pytest.mark.parametrize(
+    ("mean", "deviation", "expected"),
+    [([0.0, 0.0], [1.0, 1.0], False), ([0.0], [1.0], False), ([0.0, 0.1], [1.0, 1.0], True), ([0.0, 0.0], [1.0, 1.1], True)],
+)
+def test_a_norm_that_was_never_trained_or_folded_before_has_no_statistics(mean, deviation, expected):
+    norm = FoldedNorm(torch.tensor(mean), torch.tensor(deviation), torch.rand(len(mean)), torch.rand(len(mean)))
+    assert norm.has_statistics is expected
+
+
 def test_channels_that_the_norm_multiplies_by_zero_do_not_count():
     norm = FoldedNorm(torch.zeros(2), torch.ones(2), torch.tensor([0.0, 1.0]), torch.zeros(2))
     out = torch.randn(3, 2, 4, 4)
