@@ -9,8 +9,9 @@
     python examples/06_reconstruction.py PATH --ablation standard "ranges " --set 'stages=["ranges", "bias"]' --network mobilenet_v2
 
 PATH is a folder with a zoo.py as in 02_cifar10_resnet20.py. Each run is appended to OUT/runs.jsonl as soon as it is over, and not
-repeated when it is there already; OUT/runs.md and OUT/runs.png are made from all runs of the network in that file. Calibrates on
-training images. Recipes are tested on test images; the ablation, from which constants are chosen, on other training images.
+repeated when it is there already, made by the same code; OUT/runs.md and OUT/runs.png are made from all such runs of the network in that
+file. Calibrates on training images. Recipes are tested on test images; the ablation, from which constants are chosen, on other training
+images.
 """
 
 from __future__ import annotations
@@ -211,8 +212,14 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def constants(recipe: fxquant.Recipe, device: str) -> str:
     """Return a short hash of what the result depends on besides network, bits and seed."""
-    text = json.dumps([recipe.to_dict(), device, torch.__version__, fxquant.__version__], sort_keys=True)
+    text = json.dumps([recipe.to_dict(), device, torch.__version__, revision()], sort_keys=True)
     return f"{zlib.crc32(text.encode()):08x}"
+
+
+def revision() -> str:
+    """Return the version of fxquant with a short hash of its code: numbers of other code are other numbers."""
+    files = sorted(file for folder in (*fxquant.__path__, *fxquant.passes.__path__) for file in Path(folder).rglob("*.[pc]*"))
+    return f"{fxquant.__version__}+{zlib.crc32(b''.join(file.read_bytes() for file in files if file.suffix in ('.py', '.cpp'))):08x}"
 
 
 def rows_of(log: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import importlib.metadata
 import io
 import json
@@ -43,6 +44,8 @@ from fxquant.deploy.latency import frozen, latencies, threads, variants
 from fxquant.lower import BACKENDS
 from fxquant.networks import build
 from fxquant.placement import EDGES
+
+revision = importlib.import_module("06_reconstruction").revision  # beside this file, so it is found where this one is run as a script
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "timm:regnetx_006")
 COLUMNS = ("float32, compiled", "float32, in parts", "bfloat16, compiled", "simulated, compiled", "onnxruntime int8", "torchao int8")
@@ -280,8 +283,8 @@ def state_bytes(graph: GraphModule) -> int:
 
 
 def base_key(name: str, device: str) -> Row:
-    """Return what all rows of a network are known by: numbers of other versions or of another processor are not reused."""
-    versions = {"torch": torch.__version__, "fxquant": fxquant.__version__}
+    """Return what all rows of a network are known by: numbers of other code or of another processor are not reused."""
+    versions = {"torch": torch.__version__, "fxquant": revision()}
     for package in ("onnxruntime", "torchao"):
         try:
             versions[package] = importlib.metadata.version(package)

@@ -29,6 +29,12 @@ class FxquantError(Exception):
         return _rebuild, (type(self), self.problem, self.where, self.fix)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the line of an exception that names the problem, without the full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
 def _sentence(text: str) -> str:
     return text if text.endswith((".", "?")) else f"{text}."
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
-from fxquant.errors import CalibrationError, ConfigError, FxquantWarning, ModelError, TraceError
+from fxquant.errors import CalibrationError, ConfigError, FxquantWarning, ModelError, TraceError, first_line
 from fxquant.graph import deep_copy, is_traced
 from fxquant.quantizers import UniformQuantizer
 from fxquant.quantizers.layers import QuantizedLayer
@@ -88,7 +88,7 @@ def working_device(model: object, device: torch.device | str | None) -> torch.de
         chosen = torch.zeros(1, device=device, dtype=torch.float64).device  # in which ranges are searched, and which not all devices have
     except (RuntimeError, TypeError, AssertionError) as error:
         raise ConfigError(
-            f"{str(device)!r} cannot be used: {_first_line(error)}", where="device", fix="Use 'cpu', or leave it out"
+            f"{str(device)!r} cannot be used: {first_line(error)}", where="device", fix="Use 'cpu', or leave it out"
         ) from error
     if chosen.type == "meta":
         raise ConfigError("'meta' holds no data", where="device", fix="Use 'cpu', or leave it out")
@@ -190,13 +190,9 @@ def _changed_buffer(probe: nn.Module, images: Tensor) -> tuple[object, str]:
             output = probe(images)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise CalibrationError(
-            f"{type(probe).__name__} fails on images of shape {list(images.shape[1:])}: {_first_line(error)}",
+            f"{type(probe).__name__} fails on images of shape {list(images.shape[1:])}: {first_line(error)}",
             where="calib_loader",
             fix="Pass images with the channels and the size that the network was built for",
         ) from error
     changed = (name for name, value in probe.named_buffers() if name not in before or not torch.equal(before[name], value))
     return output, next(changed, "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

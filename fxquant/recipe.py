@@ -341,12 +341,14 @@ _UNITS = ("ranges", "units")
 _PUBLISHED_RANGES: dict[str, Any] = {"activation_p": 2.4, "activation_error": "absolute"}
 """Each value counted alike, as in all of these papers, with the exponent of QDrop and PD-Quant."""
 
-# The published recipes differ from their sources where this engine does something for all of them alike: weights start from the same
-# two-dimensional L_2.4 search, activation ranges from all calibration images, the first unit is learned like the others, bits at the edges
-# are those of `edges`. PD-Quant's temperature, pull and weights are those for ResNets (for mobile networks: 1, 200 and 0.1); AdaRound's
-# 20,000 iterations are those of the others (AIMET: 15,000); Pack-PTQ's literal score takes its gradient at the quantized output.
-# ERQ fits each layer behind those already rounded, where the paper takes the inputs of the float network, has one grid a channel, where the
-# paper has two for qkv and fc1 (``weight_groups="dual"``), and ends with scales and codes that are optimal in turn.
+# The published recipes differ from their sources where this engine does something for all of them alike: weights start from the same two-
+# dimensional L_2.4 search, activation ranges from all calibration images, the first unit is learned like the others, bits at the edges are
+# those of `edges`, tensors are quantized where QDrop does (Genie, Pack-PTQ: in front of layers), batch norms are folded (Pack-PTQ: not).
+# PD-Quant's temperature, pull and weights are those for ResNets (for mobile networks: 1, 200 and 0.1); AdaRound's 20,000 iterations are
+# those of the others (AIMET: 15,000); Pack-PTQ's literal score takes its gradient at the quantized output; `output_kl` learns steps as
+# ratios to where they start. ERQ fits each layer behind those already rounded (the paper: to the inputs of the float network), has one
+# grid a channel, where the paper has two for qkv and fc1 (``weight_groups="dual"``), and ends with scales and codes that are optimal in
+# turn.
 
 Recipe.FAST = Recipe(name="fast")
 Recipe.ADAROUND = Recipe(

@@ -125,6 +125,7 @@ class Record:
             "work": self.work,
             "graph": self.graph,
             "torch_version": self.torch_version,
+            "lowered": self.lowered,
         }
 
     @classmethod
@@ -141,6 +142,7 @@ class Record:
             passes=logs,
             layers=rows,
             work=data.get("work", {}),
+            lowered=data.get("lowered", ""),
             **given,
         )
 

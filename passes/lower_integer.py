@@ -94,7 +94,8 @@ class LowerInteger(Pass):
             for node, reason in reasons.items():
                 self.skip(node, reason)
             if floats:
-                self.note("computed in floats: " + ", ".join(f"{count} {word}" for word, count in sorted(floats.items())))
+                told = (f"{len(names)} {word} ({_some(names)})" for word, names in sorted(floats.items()))
+                self.note(f"computed in floats: {', '.join(told)}")
             cast_images(gm)
 
     def _integers(self, node: Node) -> IntegerLayer | None:
@@ -175,6 +176,10 @@ class LowerInteger(Pass):
         put_module(self.gm, path, module)
         with self.gm.graph.inserting_after(behind):
             return self.gm.graph.call_module(path, inputs)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _image_shape(node: Node) -> tuple[int, ...] | None:

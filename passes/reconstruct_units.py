@@ -92,11 +92,13 @@ class ReconstructUnits(Pass):
     def partition(self, gm: GraphModule) -> list[Unit]:
         """Return what is learned together."""
         recipe = self.recipe
+        granularity = "block" if recipe.unit_granularity == "pack" else recipe.unit_granularity
+        blocks = cut(self.teacher, granularity, recipe.unit_longest)
         if recipe.unit_granularity != "pack" or self.stage == "scales":  # rounding gains from packs, scales are few
-            return cut(self.teacher, "block" if recipe.unit_granularity == "pack" else recipe.unit_granularity, recipe.unit_longest)
+            return blocks
         store = cache_of(recipe, sum(map(len, self.images)), self.device)
         with self.meter("score packs") as show:
-            return pack(self.teacher, gm, cut(self.teacher, longest=recipe.unit_longest), self.images, store, recipe, show)
+            return pack(self.teacher, gm, blocks, self.images, store, recipe, show)
 
     def _summarize(self, units: Sequence[Unit], store: Store) -> None:
         self.note(f"{sum(1 for unit in units if unit.layers)} units, {self.recipe.unit_granularity} by {self.recipe.unit_granularity}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -86,7 +85,7 @@ def _keeps_order(node: Node) -> bool:
     return target in _KEEP_ORDER and len(node.all_input_nodes) == 1
 
 
-def float_operations(gm: GraphModule, grids: Mapping[Node, Grid]) -> tuple[Counter[str], dict[Node, str]]:
+def float_operations(gm: GraphModule, grids: Mapping[Node, Grid]) -> tuple[dict[str, list[str]], dict[Node, str]]:
     """Find what computes floats in a lowered graph besides layers and products, of which each is skipped by name.
 
     Args:
@@ -94,9 +93,9 @@ def float_operations(gm: GraphModule, grids: Mapping[Node, Grid]) -> tuple[Count
         grids: of the tensors that are bytes.
 
     Returns:
-        how many there are by name, and with a reason those that could have worked on bytes.
+        where they are, by what they compute; and with a reason those that could have worked on bytes.
     """
-    modules, found, reasons = dict(called(gm)), Counter[str](), dict[Node, str]()
+    modules, found, reasons = dict(called(gm)), dict[str, list[str]](), dict[Node, str]()
     needed = behind(gm.graph.output_node())
     for node in gm.graph.nodes:
         if node not in needed:
@@ -111,7 +110,7 @@ def float_operations(gm: GraphModule, grids: Mapping[Node, Grid]) -> tuple[Count
             reasons[node] = reason
         else:
             named = getattr(node.target, "__name__", str(node.target)) if module is None else type(module).__name__
-            found[named if word == "other" else word] += 1
+            found.setdefault(named if word == "other" else word, []).append(node.name if module is None else str(node.target))
     return found, reasons
 
 

@@ -76,7 +76,7 @@ class CompiledNetwork(nn.Module):
         self._run = torch.compile(network, fullgraph=True, options=options)
 
     def forward(self, images: Tensor) -> Any:
-        """Return what the network gives for ``images [N, C, H, W]``."""
+        """Return what the network gives for ``images [N, C, H, W]``, of its own precision (a lowered one takes floats of any)."""
         most = max(self._most, IMAGES_PER_THREAD * torch.get_num_threads())
         if images.shape[0] <= most:
             return self._whole(images)

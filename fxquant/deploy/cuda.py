@@ -253,7 +253,7 @@ class CudaIntegerLayer(nn.Module):
 
 
 class CudaBackend:
-    """Builds integer layers for one CUDA device; they are on the CPU until they are moved.
+    """Builds integer layers for one CUDA device; they are where the weights were that they are made of.
 
     Args:
         device: where they will run.

@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fxquant.deploy.integers import output_sides
 from fxquant.errors import ConfigError
 
 
@@ -27,11 +28,7 @@ def check(codes: Tensor, residual: Tensor | None, weight_scale: Tensor, window: 
         raise ConfigError(f"the scales of an integer layer are {weight_scale.dtype}", fix="Call .half() or .bfloat16() before lowering")
     if codes.dtype != torch.uint8 or codes.ndim != 4:
         raise ConfigError(f"an integer layer got {codes.dtype} of {codes.ndim} dimensions", fix="Give it uint8 images [N, C, H, W]")
-    sides = [
-        (size + 2 * pad - step * (kernel - 1) - 1) // stride + 1
-        for size, kernel, stride, pad, step in zip(codes.shape[2:], window[:2], window[2:4], window[4:6], window[6:8], strict=True)
-    ]
-    shape = [codes.shape[0], weight_scale.numel(), *sides]
+    shape = [codes.shape[0], weight_scale.numel(), *output_sides(codes.shape[2:], window)]
     if min(shape[2:]) < 1:
         raise ConfigError(f"images of {codes.shape[2]}x{codes.shape[3]} are smaller than the kernel", fix="Give larger images")
     if residual is not None:

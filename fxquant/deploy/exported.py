@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.errors import ConfigError, ExportError
+from fxquant.errors import ConfigError, ExportError, first_line
 from fxquant.files import write_whole
 from fxquant.graph import called, precision_of
 from fxquant.quantizers import LogQuantizer, UniformQuantizer
@@ -206,9 +206,3 @@ def write(path: Path, content: bytes) -> None:
         raise ExportError(
             f"cannot be written: {error}", where=str(path), fix="Check the folder, its permissions and the free space"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the line of an exception that names the problem, without the full stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")

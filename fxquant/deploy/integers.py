@@ -12,6 +12,7 @@ An activation that only cuts off (ReLU, ReLU6, Hardtanh) in front of the roundin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,6 +141,16 @@ def integer_layer(layer: nn.Module, incoming: Grid, shape: tuple[int, ...] | Non
     scale = layer.weight_quantizer.scale.float().expand(len(weight))
     bias = None if layer.bias is None else layer.bias.detach().float()
     return IntegerLayer(weight.to(torch.int8), scale.clone(), bias, incoming, shape=shape, **geometry)
+
+
+def output_sides(sides: Sequence[int], window: Sequence[int]) -> list[int]:
+    """Return height and width of what a convolution makes of a map of `sides`; below 1 where that is too small.
+
+    Args:
+        window: kernel, stride, padding and dilation, height and width each; what comes behind does not count.
+    """
+    kernel, stride, padding, dilation = window[:2], window[2:4], window[4:6], window[6:8]
+    return [(sides[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
 
 
 def overflow(layer: IntegerLayer) -> str | None:

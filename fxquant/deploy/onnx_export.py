@@ -27,12 +27,11 @@ from fxquant.deploy.exported import (
     captured,
     compare,
     exportable,
-    first_line,
     image_errors,
     write,
 )
 from fxquant.deploy.onnx_graph import OPSETS, Rewriter, marked, opset_of
-from fxquant.errors import ExportError
+from fxquant.errors import ExportError, first_line
 from fxquant.execution import sweep
 from fxquant.graph import module_of, precision_of
 from fxquant.quantizers import LogQuantizer, UniformQuantizer

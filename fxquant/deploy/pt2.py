@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.deploy.exported import Exported, batches_of, captured, compare, exportable, first_line, write
-from fxquant.errors import ExportError
+from fxquant.deploy.exported import Exported, batches_of, captured, compare, exportable, write
+from fxquant.errors import ExportError, first_line
 from fxquant.tree import tensors_of
 
 

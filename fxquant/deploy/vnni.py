@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.deploy import native
-from fxquant.deploy.integers import Grid, IntegerLayer
+from fxquant.deploy.integers import Grid, IntegerLayer, output_sides
 
 SOURCE = Path(__file__).with_name("vnni.cpp")
 FLAGS = tuple(f"-m{name}" for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "bmi2"))
@@ -118,9 +118,9 @@ def _output(*given: Any) -> Tensor:
         out = codes.new_empty((*codes.shape[:-1], *geometry), dtype=dtype)
     else:
         outputs, *kernel = geometry
-        size = [(codes.shape[2 + i] + 2 * kernel[4 + i] - kernel[6 + i] * (kernel[i] - 1) - 1) // kernel[2 + i] + 1 for i in (0, 1)]
+        size = output_sides(codes.shape[2:], kernel)
         if min(size) < 1:
-            raise ValueError(f"a map of {codes.shape[2]} x {codes.shape[3]} is smaller than the kernel")
+            raise ValueError(f"a map of {codes.shape[2]} x {codes.shape[3]} is smaller than the kernel: the images are too small")
         out = torch.empty((codes.shape[0], outputs, *size), dtype=dtype, device=codes.device, memory_format=torch.channels_last)
     if residual is not None and (residual.dtype != torch.uint8 or residual.shape != out.shape):
         raise ValueError(f"a residual of {residual.dtype} {tuple(residual.shape)} cannot be added to {tuple(out.shape)}")

@@ -259,7 +259,7 @@ class LearnedQuantizer(_Learned):
 
     Attributes:
         drop: probability with which an element stays float (QDrop); 0: all are quantized.
-        mix, is_mixed: share of the float value in every element (annealed from 0.5 to 0, NWQ), and whether there is one.
+        mix, is_mixed: share of the float value in every element (annealed to 0, NWQ), and whether there is one.
         masks: where the random choice comes from; needed while `drop` is not 0.
     """
 

@@ -421,6 +421,18 @@ def test_a_runtime_that_computes_other_values(small, path, monkeypatch):
     check_refused(small, path, "computes other values: relative error 0.05")
 
 
+def test_real_images(path):
+    """Handwritten digits, as a user would: calibrated on some, compared on others, whose classes have to be the same."""
+    from fxquant.demo import DigitNet, load_digits
+
+    pytest.importorskip("sklearn")
+    digits = load_digits()
+    train, test = digits.train[:64], digits.test[:32]
+    qmodel = fxquant.quantize(DigitNet().eval(), [train], 4, 4, recipe="fast", progress=False)
+    result = export_onnx(qmodel, path, images=test)
+    assert result.agreement == 1.0
+
+
 def test_not_quantized(path):
     match = "carries no record of a quantization. Pass what fxquant.quantize or fxquant.load returned"
     for other in (make("chain"), nn.Linear(2, 2), "model"):

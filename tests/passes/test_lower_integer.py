@@ -211,10 +211,10 @@ def test_a_concatenation_that_something_else_reads_stays_float():
 @pytest.mark.parametrize(
     ("name", "note"),
     [
-        ("residual", "2 relu"),
-        ("squeeze_excite", "1 hardswish, 1 mul, 1 relu, 1 sigmoid"),
-        ("dense", "3 batch_norm, 3 relu"),
-        ("shuffle", "1 relu"),
+        ("residual", "2 relu (stem.2, layers.1.relu_1)"),
+        ("squeeze_excite", "1 hardswish (stem.2), 1 mul (mul), 1 relu (relu), 1 sigmoid (sigmoid)"),
+        ("dense", "3 batch_norm (bn1, bn2, last), 3 relu (relu, relu_1, relu_2)"),
+        ("shuffle", "1 relu (stem.2)"),
     ],
 )
 def test_what_computes_on_floats_is_noted(name, note):
@@ -245,7 +245,7 @@ def test_notes_name_functions_and_modules_and_leave_out_what_is_skipped_and_what
     net = Net(body, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 4, 1), c=nn.Conv2d(4, 4, 1), act=nn.Softplus())
     _, log = lowered(quantize(net, overrides={"b": {"w": None}}))
     assert {where for where, _ in log.skipped} == {"a", "b", "matmul"}
-    assert log.notes == ["computed in floats: 1 Softplus, 1 exp, 1 mul, 1 relu, 1 softmax"]
+    assert log.notes == ["computed in floats: 1 Softplus (act), 1 exp (exp), 1 mul (mul), 1 relu (relu), 1 softmax (softmax)"]
 
 
 def test_sizes_are_read_off_bytes():
