@@ -9,14 +9,15 @@
     python examples/06_reconstruction.py PATH --ablation standard "ranges " --set 'stages=["ranges", "bias"]' --network mobilenet_v2
 
 PATH is a folder with a zoo.py as in 02_cifar10_resnet20.py. Each run is appended to OUT/runs.jsonl as soon as it is over, and not
-repeated when it is there already, made by the same code; OUT/runs.md and OUT/runs.png are made from all such runs of the network in that
-file. Calibrates on training images. Recipes are tested on test images; the ablation, from which constants are chosen, on other training
-images.
+repeated when it is there already, made by the same code; OUT/runs.md and OUT/runs.png are made from all runs of the network and of that
+code in that file. Calibrates on training images. Recipes are tested on test images; the ablation, from which constants are chosen, on
+other training images.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import re
@@ -156,7 +157,7 @@ class Data:
 
 def run_once(log: Path, row: dict[str, Any], data: Data, recipe: fxquant.Recipe, device: str) -> bool:
     """Make the run that `row` names, fill it in and append it to the log; say whether it was not there yet."""
-    row["constants"] = constants(recipe, device)
+    row |= {"constants": constants(recipe, device), "code": revision()}
     if key(row) in {key(other) for other in rows_of(log)}:
         return False
     row |= run(data, row["setting"], recipe, row["seed"], device)
@@ -207,24 +208,27 @@ def label(name: str, changes: dict[str, Any]) -> str:
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     """Return what a run is known by."""
-    return tuple(row[name] for name in ("network", "setting", "recipe", "seed", "constants"))
+    return tuple(row.get(name) for name in ("network", "setting", "recipe", "seed", "constants", "code"))
 
 
 def constants(recipe: fxquant.Recipe, device: str) -> str:
     """Return a short hash of what the result depends on besides network, bits and seed."""
-    text = json.dumps([recipe.to_dict(), device, torch.__version__, revision()], sort_keys=True)
+    text = json.dumps([recipe.to_dict(), device, torch.__version__, fxquant.__version__], sort_keys=True)
     return f"{zlib.crc32(text.encode()):08x}"
 
 
+@functools.cache
 def revision() -> str:
-    """Return the version of fxquant with a short hash of its code: numbers of other code are other numbers."""
-    files = sorted(file for folder in (*fxquant.__path__, *fxquant.passes.__path__) for file in Path(folder).rglob("*.[pc]*"))
-    return f"{fxquant.__version__}+{zlib.crc32(b''.join(file.read_bytes() for file in files if file.suffix in ('.py', '.cpp'))):08x}"
+    """Return the version of fxquant with a short hash of its source files: what other code has measured is left out."""
+    files = [file for folder in (*fxquant.__path__, *fxquant.passes.__path__) for file in Path(folder).rglob("*.[pc]*")]
+    sources = sorted({file.read_bytes() for file in files if file.suffix in (".py", ".cpp")})
+    return f"{fxquant.__version__}+{zlib.crc32(b''.join(sources)):08x}"
 
 
 def rows_of(log: Path) -> list[dict[str, Any]]:
-    """Return the runs that a log holds."""
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    """Return the runs that a log holds, without those of other code."""
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    return [row for row in rows if row.get("code") == revision()]
 
 
 def markdown(rows: list[dict[str, Any]], float_top1: float) -> str:

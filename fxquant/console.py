@@ -88,7 +88,7 @@ class Narrator:
                 return
             last, speed = now, (done - start[1]) / (now - start[0]) if now > start[0] else 0.0
             left = f", {timedelta(seconds=round((total - done) / speed))} left" if speed > 0 else ""
-            self.line(stage, f"{done:.4g} of {total:g}{left}" + (f", {text}" if text else ""))
+            self.line(stage, f"{round(done, 1):.10g} of {total:.10g}{left}" + (f", {text}" if text else ""))
 
         return tell
 

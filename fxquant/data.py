@@ -145,7 +145,7 @@ def fresh_views(
     return moved, sources.repeat(views), f"{views} {'shifted and mirrored' if 'flip' in augment else 'shifted'} views"
 
 
-def shift_images(images: Tensor, flip: bool, generator: torch.Generator, reach: float = 0.125) -> Tensor:
+def shift_images(images: Tensor, flip: bool, generator: torch.Generator, reach: float) -> Tensor:
     height, width = images.shape[2:]
     down, aside = max(int(reach * height), 1), max(int(reach * width), 1)
     mode = "reflect" if down < height and aside < width else "replicate"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -53,19 +53,22 @@ def max_pool(node: Node) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class Window:
-    """The corner of each map that a pool averages to its only value, and the largest maps for which that is all it gives."""
+class AveragedPart:
+    """What part of each map a pool averages to its only value.
 
-    size: tuple[int, int]
-    largest: tuple[int, int]
+    Attributes:
+        size: of the window in the corner; None: all of the map, whatever its size.
+        largest: the largest map for which a pool with that window gives one value.
+    """
+
+    size: tuple[int, int] | None = None
+    largest: tuple[int, int] | None = None
 
 
-def mean_of_maps(node: Node) -> Window | Literal["all"] | None:
+def averaged_part(node: Node) -> AveragedPart | None:
     """Return what part of each map of ``[N, C, H, W]`` `node` averages, where it gives one value a map.
 
-    Returns:
-        ``"all"`` of the map, whatever its size; the window of a pool that was traced where it gives one value; None for anything else, as
-        a pool that counts padding or divides by a number of its own.
+    None for anything else, as a pool that counts padding or divides by a number of its own.
     """
     parent = node.args[0] if node.args else None
     if not isinstance(parent, Node) or not is_tensor(parent) or not is_tensor(node) or parent.meta["val"].ndim != 4:
@@ -74,17 +77,20 @@ def mean_of_maps(node: Node) -> Window | Literal["all"] | None:
         return None
     if kind(node) == "mean":
         axes = argument(node, 1, "dim", ())
-        return "all" if isinstance(axes, list | tuple) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3] else None
+        over_maps = isinstance(axes, list | tuple) and sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]
+        return AveragedPart() if over_maps else None
     adaptive = _pool(node, nn.AdaptiveAvgPool2d, (F.adaptive_avg_pool2d,), {"output_size": None})
     if adaptive is not None:
-        return "all" if _pair(adaptive["output_size"]) == (1, 1) else None
+        return AveragedPart() if _pair(adaptive["output_size"]) == (1, 1) else None
     defaults = {"kernel_size": None, "stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None}
     given = _pool(node, nn.AvgPool2d, (F.avg_pool2d,), defaults)
     if given is None or given["ceil_mode"] or given["divisor_override"] is not None or _pair(given["padding"]) != (0, 0):
         return None
     size = _pair(given["kernel_size"])
     stride = _pair(given["stride"]) if given["stride"] else size
-    return Window(size, (size[0] + stride[0] - 1, size[1] + stride[1] - 1)) if all(isinstance(n, int) for n in (*size, *stride)) else None
+    if not all(isinstance(number, int) for number in (*size, *stride)):
+        return None
+    return AveragedPart(size, (size[0] + stride[0] - 1, size[1] + stride[1] - 1))
 
 
 def _pool(node: Node, module_type: type[nn.Module], functions: tuple[Any, ...], defaults: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -81,15 +81,16 @@ def working_device(model: object, device: torch.device | str | None) -> torch.de
     Raises:
         ConfigError: there is no such device here, or it has no float64.
     """
+    fix = "Use 'cpu', or leave it out"
     if device is None:
         values = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-        return next((value.device for value in values), torch.device("cpu"))
+        device, fix = next((value.device for value in values), torch.device("cpu")), "Use 'cpu'"
+        if device.type == "meta":
+            return device
     try:
         chosen = torch.zeros(1, device=device, dtype=torch.float64).device  # in which ranges are searched, and which not all devices have
     except (RuntimeError, TypeError, AssertionError) as error:
-        raise ConfigError(
-            f"{str(device)!r} cannot be used: {first_line(error)}", where="device", fix="Use 'cpu', or leave it out"
-        ) from error
+        raise ConfigError(f"{str(device)!r} cannot be used: {first_line(error)}", where="device", fix=fix) from error
     if chosen.type == "meta":
         raise ConfigError("'meta' holds no data", where="device", fix="Use 'cpu', or leave it out")
     return chosen

@@ -67,7 +67,7 @@ def quantize(
         overrides: bits of single layers by glob over their names, ``{"layer4.*": {"w": 4}}``.
         seed: same seed and loader, bit-identical result (on a GPU where its operations repeat).
         device: where to work and where the result is; None: where the model's weights are.
-        progress: print a line a pass and a bar a long stage.
+        progress: print a line a pass and a bar a long stage (in a log file a line a minute).
         checkpoint: a folder, new or without a checkpoint, that always holds where the learning stages are; emptied when the run is
             finished.
         resume: such a folder, to go on from after a kill or Ctrl-C, with the same result bit for bit; all else must be as it was.

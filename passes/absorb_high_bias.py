@@ -32,9 +32,9 @@ class AbsorbHighBias(Pass):
     then begins at 0 where it began at c, and its quantizer spends no codes below: equalizing makes some channels small in their
     weights, but large in their bias. A bound above (ReLU6, `ChannelClamp`) falls by c as well.
 
-    Means and deviations are of the outputs of A, from `batches` or, without images, from the batch norm that was folded into A. Give
-    images where there are any: c then is at most the least value of the channel on them, so that the outputs for them stay equal, and a
-    batch norm may remember statistics that its layer does not have.
+    Means and deviations are of the outputs of A, from `batches` or, without images, from the batch norm that was folded into A, if it has
+    statistics. Give images where there are any: c then is at most the least value of the channel on them, so that the outputs for them stay
+    equal, and a batch norm may remember statistics that its layer does not have.
 
     Refused when anything but ReLUs lies between, when the output also goes anywhere else, and when a B pads with zeros: c is then missing
     in the padding, and the borders of every image would be wrong by V c, not the rare values below c by a little.

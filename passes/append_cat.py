@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from fxquant.cat import CAT
 from fxquant.errors import CATError
 from fxquant.graph import free_path, insert_behind, is_tensor, module_of, put_module, sharing_copy
-from fxquant.grids import mean_of_maps
+from fxquant.grids import averaged_part
 from fxquant.kinds import kind
 from fxquant.passes.freeze import Freeze
 from fxquant.pipeline import Pass
@@ -87,7 +87,7 @@ def _keeps_classes(node: Node) -> bool:
         return False
     if kind(node) == "view":
         return all(size == 1 for size in parent.meta["val"].shape[2:]) and node.meta["val"].ndim == 2
-    return mean_of_maps(node) is not None
+    return averaged_part(node) is not None
 
 
 def logits_node(gm: GraphModule) -> Node | str:

@@ -28,9 +28,9 @@ class CorrectBiasFromNorms(Pass):
     folded into the layer in front (`fxquant.expectations`). No image is read: this is for networks without calibration data for it;
     `CorrectBias` measures the means, of activations' errors too, and corrects more.
 
-    Refused where ``E[x]`` is not known: behind the images, a layer that had no batch norm, or what changes means by more than a norm tells
-    (max pooling, a ReLU behind a sum, GELU); in transposed convolutions, whose outputs read a share of the taps; and in frozen layers. Zero
-    padding is not counted: at borders, where some taps read it, too much is corrected.
+    Refused where ``E[x]`` is not known: behind the images, a layer that had no batch norm or one without statistics, or what changes means
+    by more than a norm tells (max pooling, a ReLU behind a sum, GELU); in transposed convolutions, whose outputs read a share of the taps;
+    and in frozen layers. Zero padding is not counted: at borders, where some taps read it, too much is corrected.
     """
 
     after = (FoldBatchNorm, InsertFakeQuant)

@@ -14,7 +14,7 @@ from fxquant.deploy.bytes import Dequantize, Quantize, cast_images
 from fxquant.deploy.integers import Grid, IntegerLayer, integer_layer
 from fxquant.deploy.pooled import PooledIntegerLayer
 from fxquant.graph import called, free_path, is_tensor, module_of, put_module
-from fxquant.grids import Window, carried_grids, cut_of, terms_of
+from fxquant.grids import AveragedPart, carried_grids, cut_of, terms_of
 from fxquant.kinds import QUANTIZED, WEIGHTED, kind
 from fxquant.passes.append_cat import AppendCAT
 from fxquant.passes.freeze import Freeze
@@ -53,7 +53,7 @@ class LowerInteger(Pass):
         q -> global pool -> fc                      =>     bytes -> pooled integer linear -> float
 
     A tensor with a quantizer travels as bytes; views, zero padding, max pooling and concatenations work on the bytes. Everything else reads
-    the floats that the bytes stand for, as in the simulation; a compiler fuses those conversions into it, and a note counts what it is.
+    the floats that the bytes stand for, as in the simulation; a compiler fuses those conversions into it, and a note says where.
     What stays simulated is skipped with its reason: layers that read floats (the first), matmuls, weights that do not fit a signed byte,
     sums and concatenations of floats, means over windows.
 
@@ -70,7 +70,7 @@ class LowerInteger(Pass):
         self.backend = backend
 
     def run(self, gm: GraphModule) -> None:
-        self.gm, self.pooled = gm, dict[Node, tuple[Node, Window | None]]()
+        self.gm, self.pooled = gm, dict[Node, tuple[Node, AveragedPart]]()
         concats = quantize_in_front_of_concats(gm)
         quantizers = ((node, module) for node, module in called(gm) if isinstance(module, UniformQuantizer))
         self.quantizers = {node: Grid.of(module) for node, module in quantizers if module.spec.axis is None}
@@ -99,7 +99,7 @@ class LowerInteger(Pass):
             cast_images(gm)
 
     def _integers(self, node: Node) -> IntegerLayer | None:
-        """Return a layer that reads bytes, or their global means, as integers; otherwise note why it is none."""
+        """Return a layer that reads bytes, or means of their maps, as integers; otherwise note why it is none."""
         module = module_of(node) if node.op == "call_module" else None
         if not isinstance(module, QuantizedLayer):
             two = "multiplies two tensors, the products are of floats"
@@ -155,8 +155,8 @@ class LowerInteger(Pass):
         if source in self.grids:
             new = self._call(node, name, self.backend.build(layer), self.bytes[source])
         else:
-            source, window = self.pooled[node]
-            module = PooledIntegerLayer(layer, node.meta["val"].ndim == 4, self.backend.build, window, name)
+            source, part = self.pooled[node]
+            module = PooledIntegerLayer(layer, node.meta["val"].ndim == 4, self.backend.build, part, name)
             new = self._call(node, name, module, self.bytes[source])
         node.replace_all_uses_with(new)
         self.changed()

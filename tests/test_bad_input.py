@@ -565,6 +565,21 @@ def test_arguments_that_cannot_be_meant(quantize, net, images, options, message)
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize(("device", "fix"), [("cpu", "or leave it out"), (None, "Use 'cpu'.")])
+def test_a_device_without_double_precision(quantize, net, images, monkeypatch, device, fix):
+    """As Apple's: found before work starts."""
+    zeros = torch.zeros
+
+    def single(*size, **options):
+        if options.get("dtype") == torch.float64 and "device" in options:
+            raise TypeError("Cannot convert to float64")
+        return zeros(*size, **options)
+
+    monkeypatch.setattr(torch, "zeros", single)
+    with pytest.raises(fxquant.ConfigError, match=f"device: 'cpu' cannot be used: Cannot convert to float64.*{fix}"):
+        quantize(net, images, device=device)
+
+
 # Devices
 
 

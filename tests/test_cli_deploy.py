@@ -307,7 +307,11 @@ def example(name: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(EXAMPLES))  # as it is where the example is run as a script
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(EXAMPLES))
     return module
 
 

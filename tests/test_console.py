@@ -46,6 +46,18 @@ def test_a_log_file_gets_a_line_a_minute(monkeypatch):
     assert lines_of(monkeypatch, Narrator(), learn) == [f"{'units':24s}6 of 10, 0:02:00 left, loss 0.1"]
 
 
+def test_steps_are_written_out(monkeypatch):
+    def train(narrator: Narrator, wait) -> None:
+        with narrator.counter("finish") as show:
+            for done in (0, 12345.678):
+                show(done, 200_000)
+                wait(70)
+            show(199_999, 200_000)
+
+    lines = lines_of(monkeypatch, Narrator(), train)
+    assert lines == [f"{'finish':24s}12345.7 of 200000, 0:17:44 left", f"{'finish':24s}199999 of 200000, 0:00:00 left"]
+
+
 def test_a_log_file_gets_lines_for_bars(monkeypatch):
     def observe(narrator: Narrator, wait) -> None:
         for _ in narrator.bar(range(10), "observe"):

@@ -198,6 +198,7 @@ def test_equalization_on_a_network_of_ones_own(tmp_path: Path) -> None:
     assert len((tmp_path / "out" / "equalization.jsonl").read_text().splitlines()) == len(ways)
 
 
+@pytest.mark.slow
 def test_benchmark_reconstruction_on_a_network_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "zoo.py").write_text(ZOO)
     done = run("07_benchmark_reconstruction.py", str(tmp_path), "--rounds", "1")
@@ -206,7 +207,8 @@ def test_benchmark_reconstruction_on_a_network_of_ones_own(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
-@pytest.mark.parametrize("batch", ["64", pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", ["64", "1"])
 def test_a_lowered_network_is_compared_byte_by_byte(tmp_path: Path, batch: str) -> None:
     (tmp_path / "zoo.py").write_text(ZOO)
     words = ["--networks", "cifar10_resnet20", "--settings", "W4A4", "--edges", "integer", "--batch", batch, "--out", str(tmp_path / "out")]

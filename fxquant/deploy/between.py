@@ -11,14 +11,14 @@ from torch.fx import GraphModule, Node
 from fxquant.deploy.bytes import ByteMaxPool2d, BytePad
 from fxquant.deploy.integers import Grid
 from fxquant.graph import behind, called, free_path, is_tensor, module_of, put_module
-from fxquant.grids import Window, max_pool, mean_of_maps, zero_padding
+from fxquant.grids import AveragedPart, averaged_part, max_pool, zero_padding
 from fxquant.kinds import QUANTIZED, kind
 from fxquant.placement import is_global_pool
 from fxquant.quantizers import LogQuantizer, UniformQuantizer
 
 _NOT_COUNTED = QUANTIZED | {"view", "getitem", "input", "constant", "output"}
 """Kinds that are skipped by name where they stay floats, and those that compute nothing."""
-_KEEP_ORDER = frozenset({nn.Flatten, torch.flatten, torch.reshape, torch.squeeze, "flatten", "reshape", "view", "squeeze", "contiguous"})
+_KEEP_ORDER = frozenset({nn.Flatten, torch.flatten, torch.reshape, "flatten", "reshape", "view", "contiguous"})
 
 
 def quantize_in_front_of_concats(gm: GraphModule) -> dict[Node, Grid]:
@@ -64,23 +64,24 @@ def copy_on_bytes(gm: GraphModule, node: Node, codes: Mapping[Node, Node], grid:
         return gm.graph.call_module(path, (codes[node.all_input_nodes[0]],))
 
 
-def pooled_bytes(layer: Node, grids: Mapping[Node, Grid]) -> tuple[Node, Window | None] | None:
-    """Return the tensor of bytes ``[N, C, H, W]`` whose means over maps, or over a window of each, `layer` reads; None if it does not."""
+def pooled_bytes(layer: Node, grids: Mapping[Node, Grid]) -> tuple[Node, AveragedPart] | None:
+    """Return the tensor of bytes ``[N, C, H, W]`` whose means over maps, or over a part of each, `layer` reads; None if it does not."""
     module, node = module_of(layer), layer.all_input_nodes[0]
-    if isinstance(module, nn.Conv2d) and (
-        module.groups > 1 or module.kernel_size != (1, 1) or module.padding not in ((0, 0), "same", "valid")
-    ):
+    pointwise = isinstance(module, nn.Conv2d) and module.groups == 1 and module.kernel_size == (1, 1)
+    if isinstance(module, nn.Conv2d) and not (pointwise and module.padding in ((0, 0), "same", "valid")):
         return None
     while _keeps_order(node) and is_tensor(node) and node.meta["val"].ndim == 2:
         node = node.all_input_nodes[0]
-    part = mean_of_maps(node)
+    part = averaged_part(node)
     if part is None or node.all_input_nodes[0] not in grids or layer.meta["val"].shape[2:].numel() > 1:
         return None
-    return node.all_input_nodes[0], None if part == "all" else part
+    source = node.all_input_nodes[0]
+    channels = module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
+    return (source, part) if channels == source.meta["val"].shape[1] else None
 
 
 def _keeps_order(node: Node) -> bool:
-    """Say whether `node` gives its input in another shape, element by element in the same order."""
+    """Say whether `node` gives its input in another shape, for one image as for several, element by element in the same order."""
     target = type(module_of(node)) if node.op == "call_module" else node.target
     return target in _KEEP_ORDER and len(node.all_input_nodes) == 1
 

@@ -143,13 +143,13 @@ def integer_layer(layer: nn.Module, incoming: Grid, shape: tuple[int, ...] | Non
     return IntegerLayer(weight.to(torch.int8), scale.clone(), bias, incoming, shape=shape, **geometry)
 
 
-def output_sides(sides: Sequence[int], window: Sequence[int]) -> list[int]:
+def output_sides(sides: Sequence[int], geometry: Sequence[int]) -> list[int]:
     """Return height and width of what a convolution makes of a map of `sides`; below 1 where that is too small.
 
     Args:
-        window: kernel, stride, padding and dilation, height and width each; what comes behind does not count.
+        geometry: kernel, stride, padding and dilation, height and width each; what comes behind does not count.
     """
-    kernel, stride, padding, dilation = window[:2], window[2:4], window[4:6], window[6:8]
+    kernel, stride, padding, dilation = geometry[:2], geometry[2:4], geometry[4:6], geometry[6:8]
     return [(sides[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
 
 

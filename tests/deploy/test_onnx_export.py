@@ -422,7 +422,7 @@ def test_a_runtime_that_computes_other_values(small, path, monkeypatch):
 
 
 def test_real_images(path):
-    """Handwritten digits, as a user would: calibrated on some, compared on others, whose classes have to be the same."""
+    """An untrained network, calibrated on handwritten digits and compared on others: the classes have to be the same."""
     from fxquant.demo import DigitNet, load_digits
 
     pytest.importorskip("sklearn")

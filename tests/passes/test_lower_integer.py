@@ -295,7 +295,7 @@ def pooled_head(pool, head: nn.Module) -> GraphModule:
     "pool",
     [
         pytest.param(lambda y: F.avg_pool2d(y, 8).flatten(1), id="a window as large as the map"),
-        pytest.param(lambda y: nn.AvgPool2d((8, 7), stride=[8])(y).squeeze(), id="a window in the corner"),
+        pytest.param(lambda y: nn.AvgPool2d((8, 7), stride=[8])(y).view(-1, 8), id="a window in the corner"),
         pytest.param(lambda y: F.adaptive_avg_pool2d(y, (1, 1)).reshape(-1, 8), id="adaptive"),
         pytest.param(lambda y: y.mean((-1, 2)).contiguous(), id="mean"),
     ],
@@ -317,6 +317,9 @@ def test_means_of_maps_and_of_their_corners_are_exact(pool):
         pytest.param(lambda y: y.mean((2, 3)).flip(1), nn.Linear(8, 5), id="channels turned round"),
         pytest.param(lambda y: y.mean((2, 3)).roll(1, 1), nn.Linear(8, 5), id="channels moved"),
         pytest.param(lambda y: y.mean((2, 3)).narrow(1, 2, 6), nn.Linear(6, 5), id="some channels"),
+        pytest.param(lambda y: y.mean((2, 3)).reshape(-1, 4), nn.Linear(4, 5), id="channels apart"),
+        pytest.param(lambda y: y.mean((2, 3), True), nn.Linear(1, 1), id="positions"),
+        pytest.param(lambda y: y.mean((2, 3), True).squeeze(), nn.Linear(8, 5), id="one image loses its axis"),
         pytest.param(lambda y: y.mean((2, 3), True), nn.Conv2d(8, 4, 1, groups=2), id="groups"),
         pytest.param(lambda y: y.mean((2, 3), True), nn.Conv2d(8, 4, 3, padding=1), id="a kernel with padding"),
         pytest.param(lambda y: y.mean((2, 3), True), nn.Conv2d(8, 4, 1, 3, padding=1), id="padding alone"),
@@ -336,8 +339,14 @@ def test_a_window_that_images_outgrow():
     new, _ = lowered(gm)
     assert_same(gm, new, torch.rand(4, 3, 26, 18))  # maps of 13 x 9, still one window
     assert gm(torch.rand(4, 3, 28, 16)).shape == (4, 5, 2, 1)
-    with pytest.raises(ConfigError, match=r"head: the pool in front gives one value for maps up to 13 x 13, not for 14 x 8\."):
-        new(torch.rand(4, 3, 28, 16))
+    compiled = torch.compile(new, fullgraph=True, backend="eager")
+    assert_same(gm, compiled, torch.rand(4, 3, 26, 18))
+    for size in ((28, 16), (12, 16)):
+        words = rf"the pool in front gives one value for maps between 7 x 7 and 13 x 13, not for {size[0] // 2} x 8"
+        with pytest.raises(ConfigError, match=f"^head: {words}"):
+            new(torch.rand(4, 3, *size))
+        with pytest.raises(Exception, match=words):
+            compiled(torch.rand(4, 3, *size))
 
 
 def test_a_mean_over_other_axes_is_no_mean_of_maps():
