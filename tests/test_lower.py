@@ -292,6 +292,7 @@ def test_what_has_no_traced_sizes_or_returns_no_logits_runs_whole(monkeypatch):
         assert seen == [12]
 
 
+@pytest.mark.slow
 def test_parts_compiled(simulation, monkeypatch):
     monkeypatch.setattr(execution, "LARGEST_VALUE", 1)
     monkeypatch.setattr("fxquant.deploy.compiled.BYTES_PER_WEIGHT", 0)

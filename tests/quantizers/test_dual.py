@@ -211,6 +211,7 @@ def test_through_a_file(qmodel, calibration, tmp_path):
     assert fxquant.report(again).to_dict() == fxquant.report(qmodel).to_dict()
 
 
+@pytest.mark.slow
 def test_compiles(qmodel, calibration):
     torch.testing.assert_close(torch.compile(qmodel, fullgraph=True)(calibration[0]), qmodel(calibration[0]), rtol=0.05, atol=0.05)
 
