@@ -3,7 +3,8 @@
     quantizer -> max_pool -> flatten -> linear          all three tensors are multiples of the quantizer's scale
 
 The walk is that of integer execution, so a view for which torch has no kernel on bytes ends it, in the simulation as well. And what an
-integer layer can do besides its products, in front of its rounding: cut to an interval, and add a tensor of the same shape.
+integer layer can do besides its products: read means of maps (`averaged_part`) and, in front of its rounding, cut to an interval and add a
+tensor of the same shape.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class LowerInteger(Pass):
     A tensor with a quantizer travels as bytes; views, zero padding, max pooling and concatenations work on the bytes. Everything else reads
     the floats that the bytes stand for, as in the simulation; a compiler fuses those conversions into it, and a note says where.
     What stays simulated is skipped with its reason: layers that read floats (the first), matmuls, weights that do not fit a signed byte,
-    sums and concatenations of floats, means over windows.
+    sums and concatenations of floats, means over windows that give a map.
 
     Args:
         backend: what builds and refuses integer layers.

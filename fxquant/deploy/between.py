@@ -19,6 +19,7 @@ from fxquant.quantizers import LogQuantizer, UniformQuantizer
 _NOT_COUNTED = QUANTIZED | {"view", "getitem", "input", "constant", "output"}
 """Kinds that are skipped by name where they stay floats, and those that compute nothing."""
 _KEEP_ORDER = frozenset({nn.Flatten, torch.flatten, torch.reshape, "flatten", "reshape", "view", "contiguous"})
+"""What gives its elements in their order in another shape; not ``squeeze``, which drops the batch axis of one image."""
 
 
 def quantize_in_front_of_concats(gm: GraphModule) -> dict[Node, Grid]:

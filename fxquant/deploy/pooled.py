@@ -12,6 +12,7 @@ from fxquant.errors import ConfigError
 from fxquant.grids import AveragedPart
 
 ALL = AveragedPart()
+"""Means over whole maps, whatever their size."""
 
 
 class PooledIntegerLayer(nn.Module):
