@@ -1,6 +1,6 @@
 """The ten lines of use, on real digits: train a small network, quantize it to 2 bits, save it, load it, compare it.
 
-    pip install "fxquant[demo]"
+    pip install -e ".[demo]"
     python examples/01_quantize_digits.py
 
 Nothing is downloaded. `fxquant demo` does the same with more settings in one table.

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=SETTINGS, metavar="WxAy", help=f"bits (default: {' '.join(SETTINGS)})")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run each (default: 0)")
     parser.add_argument("--images", type=int, default=1024, help="to calibrate with (default: 1024)")
-    parser.add_argument("--recipe", default="fast", help="for all but the stages (default: fast)")
+    parser.add_argument("--recipe", default="fast", help="where all constants but the stages come from (default: fast)")
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
     options = parser.parse_args()
     try:

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4, help="of weights and activations (default: 4)")
     parser.add_argument("--images", type=int, default=1024, help="to calibrate with (default: 1024)")
     parser.add_argument("--limit", type=int, default=500, help="images to compare with (default: 500)")
-    parser.add_argument("--recipe", default="fast", help="fast, or one that learns, best on a GPU: standard (default: fast)")
+    parser.add_argument("--recipe", default="fast", help="fast, or one that learns, for long on a CPU: standard (default: fast)")
     parser.add_argument("--device", default="cpu", help="where to work (default: cpu)")
     parser.add_argument("--num-classes", type=int, help="of the network (default: as published)")
     parser.add_argument("--out", help="keep the result in this file")

@@ -2,16 +2,17 @@
 
     python examples/06_reconstruction.py PATH
     python examples/06_reconstruction.py PATH --recipes qdrop standard --settings W2A2 --seeds 0 1 2 --out results
+    python examples/06_reconstruction.py PATH --equal-time --recipes brecq adaround pdquant qdrop genie packptq standard
     python examples/06_reconstruction.py PATH --recipes qdrop --set unit_iterations=1000
     python examples/06_reconstruction.py PATH --recipes standard --images 8192
     python examples/06_reconstruction.py PATH --ablation
     python examples/06_reconstruction.py PATH --ablation standard "no augmentation" --set finish_iterations=1000
     python examples/06_reconstruction.py PATH --ablation standard "ranges " --set 'stages=["ranges", "bias"]' --network mobilenet_v2
 
-PATH is a folder with a zoo.py as in 02_cifar10_resnet20.py. Each run is appended to OUT/runs.jsonl as soon as it is over, and not
-repeated when it is there already, made by the same code; OUT/runs.md and OUT/runs.png are made from all runs of the network and of that
-code in that file. Calibrates on training images. Recipes are tested on test images; the ablation, from which constants are chosen, on
-other training images.
+PATH is a folder with a zoo.py as in 02_cifar10_resnet20.py. Each run is appended to OUT/runs.jsonl (ablations: OUT/ablation.jsonl) as soon
+as it is over, and not repeated when it is there already, made by the same code; a table (.md) and a plot (.png; pip install -e ".[plots]")
+of the same name are made from all runs of the network and of that code in that file. Calibrates on training images. Recipes are tested on
+test images; the ablation, from which constants are chosen, on other training images.
 """
 
 from __future__ import annotations
@@ -38,6 +39,16 @@ from fxquant.metrics import agreement, kl_divergence, top1
 RECIPES = ("fast", "adaround", "brecq", "qdrop", "pdquant", "genie", "packptq", "output_kl", "finish", "standard", "best")
 DATA = {"cifar10": ("cifar10_train8192", "cifar10_test", 1024), "mobile": ("imagenet_train", "imagenet_val", 1000)}
 DATA["squeezenet1_1"] = DATA["mobile"]
+EQUAL_TIME: dict[str, dict[str, Any]] = {
+    "adaround": {"unit_iterations": 6400},
+    "brecq": {"unit_iterations": 7000, "scales_iterations": 1750},
+    "qdrop": {"unit_iterations": 6400},
+    "pdquant": {"unit_iterations": 2200, "unit_correction_iterations": 20},
+    "genie": {"unit_iterations": 4400},
+    "packptq": {"unit_iterations": 10_000},
+}
+"""Iterations with which the published recipes take about as long as `standard` does (ResNet-20, W2A2, one core)."""
+
 DEVELOPMENT = 4096
 """Training images behind the calibration images on which the ablation is measured; if there are fewer, those left, a quarter at least."""
 
@@ -68,6 +79,9 @@ def ablation(standard: fxquant.Recipe) -> dict[str, dict[str, Any]]:
         "8-bit weights at the same share of their range": {"finish_level_power": 1.0},
         "no feature matching": {"finish_feature_weight": 0.0},
         "features at a tenth of the weight": {"finish_feature_weight": standard.finish_feature_weight / 10},
+        "features at three times the weight": {"finish_feature_weight": standard.finish_feature_weight * 3},
+        "features at ten times the weight": {"finish_feature_weight": standard.finish_feature_weight * 10},
+        "features of every layer": {"unit_longest": 1},
         "temperature 4": {"finish_temperature": 4.0},
         "the best state": {"finish_margin": 0.0},
         "no augmentation": {"finish_augment": "none", "finish_blend": 0.0},
@@ -92,8 +106,14 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=["W2A2"], metavar="WxAy", help="bits (default: W2A2)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run each (default: 0)")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="change fields of every recipe")
+    parser.add_argument("--equal-time", action="store_true", help="published recipes with iterations that take about as long as standard")
     parser.add_argument("--images", type=int, help="calibration images (default: 1,024; 1,000 of ImageNet)")
-    parser.add_argument("--ablation", nargs="*", metavar="WORDS", help="vary the recipe standard, one thing at a time: those that begin so")
+    parser.add_argument(
+        "--ablation",
+        nargs="*",
+        metavar="WORDS",
+        help="vary the recipe standard, one thing at a time; with WORDS those of its variants that begin so",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("reconstruction"), help="folder for runs, tables and plots (default: reconstruction)"
     )
@@ -104,6 +124,8 @@ def main() -> None:
     changes = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.set)}
     shown = changes | ({"images": options.images} if options.images else {})
     ablates = options.ablation is not None
+    if ablates and options.equal_time:
+        parser.error("--equal-time is for published recipes, --ablation for the recipe standard: choose one")
     if ablates:
         standard = fxquant.Recipe.STANDARD.replace(name="standard", **changes)
         varied = ablation(standard)
@@ -113,8 +135,11 @@ def main() -> None:
         chosen = [name for name in varied if not options.ablation or any(name.startswith(words) for words in options.ablation)]
         runs = [(label(name, shown), standard.replace(name="standard", **varied[name])) for name in chosen]
     else:
-        named = [(name, fxquant.Recipe.named(name)) for name in options.recipes]
-        runs = [(label(name, shown), recipe.replace(name=name, **changes) if changes else recipe) for name, recipe in named]
+        runs = []
+        for name in options.recipes:
+            recipe, timed = fxquant.Recipe.named(name), EQUAL_TIME.get(name, {}) if options.equal_time else {}
+            own = timed | changes
+            runs.append((label(name, timed | shown), recipe.replace(name=name, **own) if own else recipe))
 
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / ("ablation.jsonl" if ablates else "runs.jsonl")
@@ -258,9 +283,12 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def plot(rows: list[dict[str, Any]], float_top1: float, path: Path) -> None:
-    """Draw top-1 over seconds, a panel a setting."""
-    import matplotlib
-
+    """Draw top-1 over seconds, a panel a setting; nothing without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print('no plot: pip install -e ".[plots]"')
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -1,6 +1,6 @@
 """In production: load the small file, lower it to integers, compile it, warm it up, and answer a queue of images.
 
-    pip install "fxquant[demo]"
+    pip install -e ".[demo]"
     python examples/08_deploy.py
     python examples/08_deploy.py --file resnet18-w2.safetensors --model resnet18 --most 8
     python examples/08_deploy.py --requests 5000 --clients 32

@@ -1,6 +1,6 @@
 """How fast and how small: lowered networks against float32, bfloat16, the simulation, onnxruntime's int8 and torchao's, in one run.
 
-    pip install "fxquant[onnx,plots]" torchao
+    pip install -e ".[onnx,plots]" torchao
     python examples/09_benchmark_deployment.py
     python examples/09_benchmark_deployment.py --networks mobilenet_v2 --bits W2A2 --batches 1 --threads 1 --rounds 3 --skip-sizes
     python examples/09_benchmark_deployment.py --networks resnet18 resnet50 --out deployment
@@ -316,7 +316,7 @@ def speed_table(rows: list[Row]) -> str:
     """Return how many times faster the lowered network is than each column."""
     if not rows:
         return ""
-    lines = [f"{rows[0]['processor']}, torch {rows[0]['versions']['torch']}. Times are those of lowered over one; 2.00 is twice as slow.\n"]
+    lines = [f"{rows[0]['processor']}, torch {rows[0]['versions']['torch']}. Ratios are time over lowered time: 2.00 is twice as fast.\n"]
     lines += [f"| network | bits | edges | threads | batch | lowered ms | {' | '.join(COLUMNS)} | logits apart | same class |"]
     lines += ["|---|---|---|---:|---:|---:|" + "---:|" * (len(COLUMNS) + 2)]
     reasons = []

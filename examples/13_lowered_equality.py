@@ -10,7 +10,8 @@ the CPU; the simulation in eager mode is what everything is compared with. Where
 Where a layer sums floats (the first one, unless the edges are "integer"), a compiler may sum in another order, and a value on the border
 of two codes then falls to the other side: the table counts such bytes in eager mode, and the images that they reach where it is compiled.
 With AVX-512 VNNI and without AMX one image at a time runs on other kernels than several (``--batch 1``), and they have to give the same
-bytes. onnxruntime has kernels of its own, so there bytes are not compared. Prints a table in Markdown, and writes it to OUT/equality.md.
+bytes. onnxruntime (pip install -e ".[onnx]") has kernels of its own, so there bytes are not compared. Prints a table in Markdown, and
+writes it to OUT/equality.md.
 """
 
 from __future__ import annotations

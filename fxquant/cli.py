@@ -170,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("demo", parents=[common], help="train, quantize and compare on real digits; under two minutes")
     command.add_argument("--epochs", type=int, default=30, help="of the training (default: 30)")
-    command.add_argument("--recipe", default="fast", metavar="NAME|FILE", help=f"{RECIPES} (default: fast; the others learn, for minutes)")
+    command.add_argument("--recipe", default="fast", metavar="NAME|FILE", help=f"{RECIPES} (default: fast; most others learn, for minutes)")
     command.add_argument("--out", metavar="FILE", help="keep the 2-bit network with CAT as FILE")
     command.add_argument("--compile", action="store_true", help="run it through torch.compile(fullgraph=True), too")
     command.set_defaults(run=run_demo)

@@ -162,15 +162,11 @@ def in_one_order(loader: Iterable[Any]) -> DataLoader | None:
 
     Which image is which cannot be told from a loader that shuffles and augments.
     """
-    if not isinstance(loader, DataLoader) or loader.batch_size is None or isinstance(loader.dataset, IterableDataset):
+    if not isinstance(loader, DataLoader) or loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
         return None
-    order = list(loader.sampler)
-    if loader.drop_last:
-        order = order[: len(order) // loader.batch_size * loader.batch_size]
     return DataLoader(
         loader.dataset,
-        loader.batch_size,
-        sampler=order,
+        batch_sampler=list(loader.batch_sampler),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         worker_init_fn=loader.worker_init_fn,

@@ -55,7 +55,7 @@ def quantize(
 
     Args:
         model: a float32 or float64 vision network with one input ``[N, C, H, W]``, or what `fxquant.trace` made of one.
-        calib_loader: an iterable of batches of a few hundred normalized, unlabeled images: tensors, tuples that begin with one, or dicts.
+        calib_loader: a few hundred normalized, unlabeled images in batches: an iterable of tensors, tuples that begin with one, or dicts.
         w: bits of weights, 2 to 8, one scale and zero-point an output channel; None leaves weights float.
         a: bits of activations, 2 to 8, one scale and zero-point a tensor; None leaves activations float.
         cat: True chooses a cluster-based affine transformation of the logits by cross-validation, and none when none helps; ``"paper"``

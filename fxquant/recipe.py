@@ -348,7 +348,8 @@ _PUBLISHED_RANGES: dict[str, Any] = {"activation_p": 2.4, "activation_error": "a
 # those of the others (AIMET: 15,000); Pack-PTQ's literal score takes its gradient at the quantized output; `output_kl` learns steps as
 # ratios to where they start. ERQ fits each layer behind those already rounded (the paper: to the inputs of the float network), has one
 # grid a channel, where the paper has two for qkv and fc1 (``weight_groups="dual"``), and ends with scales and codes that are optimal in
-# turn.
+# turn. Gradients of steps are not scaled by 1 / sqrt(elements times levels) (LSQ), steps stay above a thousandth of where they start, and
+# what is dropped is cut from one long random sequence.
 
 Recipe.FAST = Recipe(name="fast")
 Recipe.ADAROUND = Recipe(

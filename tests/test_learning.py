@@ -466,6 +466,17 @@ def test_other_networks_resume_as_well(tmp_path, monkeypatch, name, net_name):
         assert record_of(again).to_dict() == record_of(plain).to_dict()
 
 
+def test_weights_keep_their_memory_format_behind_a_resume(images, tmp_path, monkeypatch):
+    """Kernels sum in another order for another format."""
+    net, x = nets.make("residual").to(memory_format=torch.channels_last), images[0].contiguous(memory_format=torch.channels_last)
+    plain, states = count_saves(monkeypatch, lambda: quantize(net, images, checkpoint=tmp_path / "all"))
+    for save in (1, len(states) // 2, len(states) - 1):
+        again = kill_and_resume(monkeypatch, tmp_path / f"run{save}", save, net, images)
+        check_same(again, plain, x)
+        strides = [{name: value.stride() for name, value in graph.state_dict().items()} for graph in (again, plain)]
+        assert strides[0] == strides[1]
+
+
 @pytest.mark.parametrize("missing", ["unit_iterations", "scales_iterations", "output_kl_iterations"])
 def test_resume_behind_a_stage_without_iterations(net, images, tmp_path, monkeypatch, missing):
     recipe = ALL.replace(**{missing: 0})
@@ -1040,6 +1051,30 @@ class Changing:
 def test_other_images_on_each_pass_of_any_iterable_are_named(net, images):
     quantized = quantize(net, Changing(images), recipe=ONE["finish"])
     assert any("other images on each pass" in note for log in record_of(quantized).passes for note in log.notes)
+    assert "shifted and mirrored" in notes_of(quantized, "finish")[0]
+    assert "what the loader itself does at random is not used" in notes_of(quantized, "finish")[0]
+
+
+class RandomBatches:
+    """A batch sampler: all images in another order on each pass, in batches of two sizes."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(self.count).tolist()
+        return iter([order[:5], order[5:]])
+
+
+def test_a_batch_sampler_is_frozen_like_a_sampler(net, images, tmp_path, monkeypatch):
+    recipe = ONE["finish"].replace(finish_iterations=20)
+    fixed = quantize(net, DataLoader(TensorDataset(torch.cat(images)), batch_sampler=RandomBatches(sum(map(len, images)))), recipe=recipe)
+    assert notes_of(fixed, "insert_observers") == [] and "shifted and mirrored" in notes_of(fixed, "finish")[0]
+    assert "not used" not in notes_of(fixed, "finish")[0]
+    loader = DataLoader(Noisy(torch.cat(images)), batch_sampler=RandomBatches(sum(map(len, images))))
+    quantized = quantize(net, loader, recipe=recipe)
+    assert "passes of the loader" in notes_of(quantized, "finish")[0]
+    check_same(kill_and_resume(monkeypatch, tmp_path / "run", 3, net, loader, recipe=recipe), quantized, images[0])
 
 
 @pytest.mark.parametrize(

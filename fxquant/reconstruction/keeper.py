@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -102,7 +103,8 @@ def restore(gm: GraphModule, state: Mapping[str, Tensor]) -> None:
         if isinstance(module, QuantizedLayer):
             new = sharing_copy(module if module.input_scale is None else module.freeze())
             new.weight_quantizer = _quantizer(module.weight_quantizer, state, f"{path}.weight_quantizer")
-            new.weight = nn.Parameter(state[f"{path}.weight"].to(module.weight), requires_grad=False)
+            weight = torch.empty_like(module.weight).copy_(state[f"{path}.weight"])  # in its memory format: kernels differ by it
+            new.weight = nn.Parameter(weight, requires_grad=False)
             if f"{path}.bias" in state:
                 new.bias = nn.Parameter(state[f"{path}.bias"].to(module.weight), requires_grad=False)
             put_module(gm, path, new)

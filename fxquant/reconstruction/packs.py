@@ -35,13 +35,16 @@ def pack(
     recipe: Recipe,
     show: Show | None = None,
 ) -> list[Unit]:
-    """Return `units` with runs of blocks merged into packs; the first and the last unit with layers stay alone.
+    """Return `units` with runs of blocks merged into packs.
+
+    What is in front of the first unit with several layers and behind the last one stays alone, as do the first and the last with layers.
 
     A pack holds at most ``recipe.pack_length`` units with layers, and activations for a batch (kept for the backward pass) of at most
     ``recipe.memory_gib``.
     """
     learned = [index for index, unit in enumerate(units) if unit.layers]
-    inner = learned[1:-1]
+    blocks = [index for index in learned if len(units[index].layers) > 1] or learned
+    inner = [index for index in learned[1:-1] if blocks[0] <= index <= blocks[-1]]
     scores = [0.0] * len(units)
     if returns_logits(teacher):
         scores = sensitivities(teacher, student, units, images, store, recipe.pack_score == "literal", show)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.data import collect, in_one_order, is_random, seeded, shift_images
+from fxquant.data import collect, in_one_order, is_changing, is_random, seeded, shift_images
 
 
 class Views:
@@ -21,7 +21,7 @@ class Views:
         images: the calibration images in order ``[N, C, H, W]``, on the CPU.
         rows: which of them are trained on.
         loader: where they came from. A DataLoader that augments at random is passed over again and again; otherwise images are shifted (and
-            mirrored) as `augment` says.
+            mirrored) as `augment` says, for which image is which cannot be told from any other loader.
         augment: ``"none"``, ``"crop"`` or ``"crop+flip"``.
         blend: share of batches in which images are blended or cut together.
         color: how far contrast, saturation and tint of each image are changed.
@@ -54,6 +54,8 @@ class Views:
         changes = (", recolored" if color else "") + (f", {blend:.0%} of the batches blended" if blend else "")
         words = {"none": "the calibration images themselves", "crop": "shifted", "crop+flip": "shifted and mirrored"}
         self.made = ("passes of the loader" if self.loader is not None else words[augment]) + changes
+        if repeating is None and is_changing(loader):
+            self.made += "; what the loader itself does at random is not used, as it does not say which image is which"
 
     def batch(self, step: int) -> Tensor:
         """Return the views ``[size, C, H, W]`` of `step`: every image once an epoch, in another order each time."""

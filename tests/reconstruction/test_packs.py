@@ -57,7 +57,7 @@ def test_packs_are_a_partition_in_order_within_the_caps(blocks, length, budget):
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=12))
 def test_every_pack_begins_at_the_least_sensitive_block_up_to_its_end(scores):
-    """The equivalent definition of methods.md 4.2: cut the rest of the prefix at its smallest score, again and again."""
+    """The equivalent definition: cut the rest of the prefix at its smallest score, again and again."""
     expected, back = [], len(scores)
     while back:
         start = min(range(back), key=lambda index: scores[index])
@@ -94,6 +94,21 @@ def test_sensitivities_against_the_whole_network(name, literal):
 def deep() -> nn.Module:
     stem = nn.Sequential(*conv_bn(3, 6), nn.ReLU())
     return Net(lambda s, x: s.fc(s.layers(s.stem(x))), stem=stem, layers=nn.Sequential(*(Block(6, 6) for _ in range(5))), fc=head(6))
+
+
+def test_single_layers_around_the_blocks_stay_alone():
+    """Packs are of blocks and of what lies between them (Pack-PTQ)."""
+    stem = nn.Sequential(*conv_bn(3, 6), nn.ReLU(), *conv_bn(6, 6), nn.ReLU())
+    layers = nn.Sequential(Block(6, 6), nn.Sequential(*conv_bn(6, 6), nn.ReLU()), Block(6, 6), *conv_bn(6, 6), nn.ReLU())
+    torch.manual_seed(0)
+    teacher, student = pair(Net(lambda s, x: s.fc(s.layers(s.stem(x))), stem=stem, layers=layers, fc=head(6)), 3, 3)
+    units = cut(teacher, longest=4)
+    learned = [unit.layers for unit in units if unit.layers]
+    assert [len(layers) for layers in learned] == [1, 1, 2, 1, 2, 1, 1]
+    packed = pack(teacher, student, units, [images(12)], Store(12, CPU, FAR), Recipe.PACKPTQ.replace(pack_length=100))
+    alone = [unit.layers for unit in packed if unit.layers]
+    assert alone[:2] == learned[:2] and alone[-2:] == learned[-2:]
+    assert sum(alone, ()) == sum(learned, ())
 
 
 def test_packs_of_a_network():
