@@ -89,13 +89,17 @@ class Shared:
         self.calls = Counter(str(node.target) for node in gm.graph.nodes if node.op == "call_module")
         self.read = {str(node.target).rpartition(".")[0] for node in gm.graph.nodes if constant_of(node) is not None}
 
+    def elsewhere(self, path: str) -> str | None:
+        """Say where else the weight of the layer at `path` is read, or None."""
+        if self.calls[path] > 1:
+            return f"{path} is called {self.calls[path]} times"
+        return f"the weight of {path} is also read outside of it" if path in self.read else None
+
     def why_not(self, node: Node) -> str | None:
         """Return the reason why the weight of the layer `node` cannot be changed, or None."""
         path = str(node.target)
-        if self.calls[path] > 1:
-            return f"{path} is called {self.calls[path]} times"
-        if path in self.read:
-            return f"the weight of {path} is also read outside of it"
+        if reason := self.elsewhere(path):
+            return reason
         layer = module_of(node)
         if isinstance(layer, QuantizedLayer):
             return f"the weight of {path} is quantized already"

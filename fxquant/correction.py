@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from fxquant.cat import CAT, fit_cat, select_cat
 from fxquant.console import Narrator
-from fxquant.data import check_seed, collect, fresh_views, rebatch, seeded
+from fxquant.data import check_seed, collect, fresh_views, rebatch, repeatable, seeded
 from fxquant.errors import CATError, ConfigError, FxquantWarning
 from fxquant.execution import BATCH, images_at_once
 from fxquant.graph import called, is_traced, precision_of
@@ -89,7 +89,7 @@ def append_cat(
         )
     narrator = Narrator(progress)
     device = working_device(quantized, device)
-    with seeded(seed, loader):
+    with repeatable(seed, loader):
         size = min(_images_at_once(network, device) for network in (quantized, teacher))
         batches = rebatch(collect(loader, precision_of(quantized)), size)
         mine, theirs = logits_of_each([quantized, teacher], batches, narrator, device)
@@ -114,6 +114,16 @@ def append_cat(
     return corrected
 
 
+def check_paper_cat(setting: CatSetting, teacher: GraphModule, images: list[Tensor], recipe: Recipe) -> None:
+    """Raise CATError where a CAT by the published constants is asked for and cannot be fitted: before anything is learned."""
+    if setting != "paper" or "cat" not in recipe.stages:
+        return
+    reason = logits_node(teacher)
+    if isinstance(reason, str):
+        raise CATError(reason, where=type(teacher).__name__, fix="Use cat=False, or wrap the network so that it returns logits")
+    _check_enough(sum(map(len, images)), recipe.cat_clusters)
+
+
 def append_selected(
     student: GraphModule,
     teacher: GraphModule,
@@ -128,8 +138,6 @@ def append_selected(
     """Choose and append the CAT of `fxquant.quantize`; what was chosen, and what it gains, goes into `record.cat`."""
     reason = logits_node(student)
     if isinstance(reason, str):
-        if setting == "paper":
-            raise CATError(reason, where=type(student).__name__, fix="Use cat=False, or wrap the network so that it returns logits")
         warnings.warn(FxquantWarning(f"CAT skipped: the network {reason}. Pass cat=False to silence this."), stacklevel=3)
         record.cat = {"fit": "none", "why": f"the network {reason}"}
         return student
@@ -138,8 +146,6 @@ def append_selected(
         warnings.warn(FxquantWarning(f"CAT skipped: {reason}. Pass more images, or cat=False to silence this."), stacklevel=3)
         record.cat = {"fit": "none", "why": reason}
         return student
-    if setting == "paper":
-        _check_enough(sum(map(len, images)), recipe.cat_clusters)
     with seeded(seed, loader):  # whatever was drawn before: a run that goes on behind its learning stages reads the loader less often
         views, groups, made = fresh_views(loader, images, recipe.cat_views, recipe.augment, seed, recipe.augment_reach)
         mine, theirs = logits_of_each([student, teacher], views, narrator, device)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
@@ -43,8 +43,8 @@ def collect(loader: Iterable[Any], dtype: torch.dtype = torch.float32) -> list[T
     for index, batch in enumerate(loader):
         images = _images(batch, index)
         _check(images, index, batches[0] if batches else None)
-        images = images.detach().to("cpu", dtype)
-        batches.append(images.clone() if images.is_inference() else images)  # what learns cannot keep inference tensors
+        # Copied: the loader may write the next batch into the same memory, the network into its images, and inference tensors cannot learn.
+        batches.append(images.detach().to("cpu", dtype, copy=True))
     if not batches:
         raise CalibrationError(
             "yields no batch",
@@ -164,6 +164,8 @@ def in_one_order(loader: Iterable[Any]) -> DataLoader | None:
     """
     if not isinstance(loader, DataLoader) or loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
         return None
+    if type(loader).__iter__ is not DataLoader.__iter__ or type(loader)._get_iterator is not DataLoader._get_iterator:
+        return None  # it makes something of the batches
     return DataLoader(
         loader.dataset,
         batch_sampler=list(loader.batch_sampler),
@@ -209,16 +211,22 @@ def check_seed(seed: object) -> int:
     return int(seed)
 
 
-@contextmanager
+@contextlib.contextmanager
 def repeatable(seed: int, loader: object = None) -> Iterator[None]:
-    """Let what is inside the block come out the same every time, as `seeded`, with gradients wherever the caller stands.
+    """Let what is inside the block come out the same every time, as `seeded`, with gradients and in full precision wherever the caller
+    stands.
 
     On a GPU, convolutions are told to take algorithms that give the same bits every time; a few other operations there have none (the
     gradient of `adaptive_avg_pool2d` to more than one position is one).
     """
     cudnn = torch.backends.cudnn
     chosen = cudnn.deterministic, cudnn.benchmark
-    with torch.inference_mode(False), torch.enable_grad(), seeded(seed, loader):
+    with contextlib.ExitStack() as stack:
+        for context in (torch.inference_mode(False), torch.enable_grad(), seeded(seed, loader)):
+            stack.enter_context(context)
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         cudnn.deterministic, cudnn.benchmark = True, False
         try:
             yield
@@ -226,7 +234,7 @@ def repeatable(seed: int, loader: object = None) -> Iterator[None]:
             cudnn.deterministic, cudnn.benchmark = chosen
 
 
-@contextmanager
+@contextlib.contextmanager
 def seeded(seed: int, loader: object = None) -> Iterator[None]:
     """Seed the global generators of torch, numpy and Python and those of `loader` inside the block; put their states back behind it.
 
@@ -237,7 +245,8 @@ def seeded(seed: int, loader: object = None) -> Iterator[None]:
     generators = [torch.default_generator, *(generator for generator in own if isinstance(generator, torch.Generator))]
     states = [generator.get_state() for generator in generators]
     gpu_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    torch.manual_seed(seed)
+    if gpu_states:  # torch.manual_seed would seed GPUs that nobody has used yet, and for good
+        torch.cuda.manual_seed_all(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
     try:

@@ -127,7 +127,7 @@ def traced(model: nn.Module, images: Tensor) -> GraphModule:
         raise
     output = _check_buffers(model, images)
     with torch.no_grad():
-        made = graph.to(images.device)(images)
+        made = graph.to(images.device)(images.clone())
     if isinstance(output, dict) and type(output) not in (dict, OrderedDict):
         text = f"the network returns a {type(output).__name__}, its graph a dict: read output['name'], not output.name"
         warnings.warn(FxquantWarning(text), stacklevel=3)
@@ -135,7 +135,7 @@ def traced(model: nn.Module, images: Tensor) -> GraphModule:
     for mine, theirs in zip(tensors_of(made), expected, strict=True):
         if not _agree(mine, theirs):
             with torch.no_grad():
-                again = tensors_of(_probe(model, images)(images))
+                again = tensors_of(_probe(model, images)(images.clone()))
             if not all(map(_agree, again, expected)):
                 raise TraceError(
                     "gives other outputs each time, in eval mode",
@@ -188,7 +188,7 @@ def _changed_buffer(probe: nn.Module, images: Tensor) -> tuple[object, str]:
     before = {name: value.clone() for name, value in probe.named_buffers()}
     try:
         with torch.no_grad():
-            output = probe(images)
+            output = probe(images.clone())  # some write into them
     except (RuntimeError, ValueError, AssertionError) as error:
         raise CalibrationError(
             f"{type(probe).__name__} fails on images of shape {list(images.shape[1:])}: {first_line(error)}",

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.console import Narrator
-from fxquant.errors import ConfigError, FxquantWarning
+from fxquant.errors import ConfigError, FxquantWarning, ModelError
 from fxquant.files import gib
 from fxquant.passes import FinishNetwork, ReconstructUnits
 from fxquant.pipeline import Pass
@@ -23,7 +23,7 @@ from fxquant.reconstruction.checkpoint import Checkpoints, Identity
 from fxquant.reconstruction.keeper import Keeper
 from fxquant.reconstruction.walk import peak_need, peak_need_of_packs
 from fxquant.tracing.sizes import quiet_failures
-from fxquant.tree import floats_of
+from fxquant.tree import floats_of, tensors_of
 from fxquant.units import cut
 
 UNIT_WISE, NETWORK_WISE = ("units", "scales"), ("output_kl", "finish")
@@ -71,11 +71,13 @@ def learnable(recipe: Recipe, teacher: GraphModule, image: Tensor) -> Recipe:
 
     Raises:
         ConfigError: it learns, and the network returns nothing that has an error (classes or masks alone).
+        ModelError: the network writes into its images, and gives other outputs for what is then in them.
     """
+    _check_writes(teacher, image)
     if not set(recipe.stages) & {*UNIT_WISE, *NETWORK_WISE}:
         return recipe
     with torch.no_grad():
-        if not floats_of(teacher(image)):
+        if not floats_of(teacher(image.clone())):
             fix = 'Use recipe="fast", or let the network return its scores, too'
             raise ConfigError("learns, and the network returns no floats to learn from", where=f"recipe {recipe.name!r}", fix=fix)
         if recipe.precision == "float32":
@@ -91,6 +93,18 @@ def learnable(recipe: Recipe, teacher: GraphModule, image: Tensor) -> Recipe:
             warnings.warn(FxquantWarning(text), stacklevel=3)
             return recipe.replace(name=recipe.name, precision="float32")
     return recipe
+
+
+@torch.no_grad()
+def _check_writes(teacher: GraphModule, image: Tensor) -> None:
+    given = image.clone()
+    output = teacher(given)
+    if not torch.equal(given, image) and not all(map(torch.equal, tensors_of(teacher(given)), tensors_of(output))):
+        raise ModelError(
+            "writes into its images, so that a second pass over them gives other outputs",
+            where=type(teacher).__name__,
+            fix="Begin forward with x = x.clone(), or write into a new tensor",
+        )
 
 
 def keeper_of(

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from fxquant import passes
 from fxquant.calibration import activation_quantizers, affordable_images, weight_quantizers
 from fxquant.console import Narrator
-from fxquant.correction import CatSetting, append_selected, check_cat_setting
+from fxquant.correction import CatSetting, append_selected, check_cat_setting, check_paper_cat
 from fxquant.coverage import describe_work
 from fxquant.data import check_seed, collect, in_one_order, is_changing, rebatch, repeatable
 from fxquant.errors import ConfigError
@@ -98,6 +98,7 @@ def quantize(
         reparameterize = [passes.ReparameterizeNorms(plan, some, recipe)] if "reparameterize" in recipe.stages else []
         teacher = Pipeline(reparameterize, narrator.passed, narrator.bar).run(teacher)
         recipe = learnable(recipe, teacher, images[0][:1].to(device))
+        check_paper_cat(cat, teacher, images, recipe)
         observe = passes.InsertObservers(plan, recipe.matmul_scales)
         observed = observe(teacher).graph_module.to(device)
         if is_changing(calib_loader):
@@ -118,7 +119,6 @@ def quantize(
         steps += learning_passes(teacher, images, calib_loader, recipe, seed, device, keeper, narrator)
         student = Pipeline([*steps, passes.Freeze()], narrator.passed, narrator.bar, narrator.counter).run(observed)
         student.meta.pop(NORMS, None)
-
         record = Record.of(recipe, plan, edges, seed, images, teacher)
         record.passes = [*prepare.logs, *(step.log for step in [*reparameterize, observe, *steps])]
         record.measure(teacher, student, affordable_images(images, 32, recipe, teacher, device))

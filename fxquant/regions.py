@@ -100,11 +100,12 @@ class Flow:
         return sorted(read, key=self.position.__getitem__)
 
     def is_stack(self, node: Node) -> bool:
-        """Say whether the value of `node` is one tensor with one row an image."""
+        """Say whether the value of `node` is one tensor of floats (or complex numbers) with one row an image."""
         value, images = node.meta.get("val"), self.images.meta["val"]
         if not isinstance(value, Tensor) or value.ndim == 0 or not isinstance(value.shape[0], torch.SymInt):
             return False
-        return bool(expression(value.shape[0]) == expression(images.shape[0]))
+        floats = value.is_floating_point() or value.is_complex()
+        return floats and bool(expression(value.shape[0]) == expression(images.shape[0]))
 
     def is_soft(self, node: Node) -> bool:
         """Say whether `node` keeps the shape of what it reads and has no weight: an activation, a norm, arithmetic."""

@@ -30,3 +30,8 @@ def floats_of(value: Any) -> list[Tensor]:
 def is_logits(output: Any) -> bool:
     """Say whether a network's output is one tensor of logits ``[N, C]``."""
     return isinstance(output, Tensor) and output.ndim == 2 and output.is_floating_point()
+
+
+def has_classes(output: Any) -> bool:
+    """Say whether a network's output is logits of several classes, which have a KL: the softmax of a single one is always 1."""
+    return is_logits(output) and output.shape[1] > 1

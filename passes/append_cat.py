@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.cat import CAT
+from fxquant.channels import Shared
 from fxquant.errors import CATError
 from fxquant.graph import free_path, insert_behind, is_tensor, module_of, put_module, sharing_copy
 from fxquant.grids import averaged_part
@@ -14,6 +15,7 @@ from fxquant.kinds import kind
 from fxquant.passes.freeze import Freeze
 from fxquant.pipeline import Pass
 from fxquant.quantizers.layers import QuantizedLayer
+from fxquant.tracing.values import expression
 
 
 class AppendCAT(Pass):
@@ -53,7 +55,7 @@ class AppendCAT(Pass):
             raise CATError(why, where=type(gm).__name__, fix="Use cat=False")
         if logits.op == "call_module" and isinstance(module_of(logits), CAT):
             return
-        classifier = self._classifier(logits) if self.cat.clusters == 1 else None
+        classifier = self._classifier(gm, logits) if self.cat.clusters == 1 else None
         if isinstance(classifier, Node):
             gamma, beta = (part[0] for part in self.cat.affine())
             put_module(gm, str(classifier.target), scaled_outputs(module_of(classifier), gamma, beta))
@@ -66,7 +68,7 @@ class AppendCAT(Pass):
             insert_behind(logits, path)
         self.changed()
 
-    def _classifier(self, logits: Node) -> Node | str:
+    def _classifier(self, gm: GraphModule, logits: Node) -> Node | str:
         """Return the layer that makes the logits and can take a gain and a shift a class, or the reason why there is none."""
         if bool((self.cat.affine()[0] <= 0).any()):
             return "a class has a factor that is not positive"
@@ -77,7 +79,7 @@ class AppendCAT(Pass):
             return f"{node.name} has other readers"
         if node.op != "call_module" or kind(node) not in allowed:
             return f"the logits come from {node.name}, which is no linear layer or convolution"
-        return node
+        return Shared(gm).elsewhere(str(node.target)) or node
 
 
 def _keeps_classes(node: Node) -> bool:
@@ -102,7 +104,17 @@ def logits_node(gm: GraphModule) -> Node | str:
     if not isinstance(value, Tensor) or value.ndim != 2:
         shape = [size if isinstance(size, int) else "N" for size in value.shape] if isinstance(value, Tensor) else type(value).__name__
         return f"returns {shape}, not logits [N, C]"
+    if value.shape[1] == 1:
+        return "returns one logit, whose softmax is always 1"
+    images = next(iter(gm.graph.find_nodes(op="placeholder"))).meta.get("val")
+    if isinstance(images, Tensor) and _rows(images) != _rows(value):
+        return "returns rows [M, C] that are not one an image"
     return result
+
+
+def _rows(value: Tensor) -> object:
+    size = value.shape[0]
+    return size if isinstance(size, int) else expression(size)
 
 
 @torch.no_grad()

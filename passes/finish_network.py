@@ -20,7 +20,7 @@ from fxquant.reconstruction.learners import Learners, put_modules
 from fxquant.reconstruction.network import NetworkSettings, NetworkTraining
 from fxquant.reconstruction.norms import NORMS
 from fxquant.reconstruction.views import Views
-from fxquant.tree import is_logits
+from fxquant.tree import has_classes
 from fxquant.units import cut
 
 
@@ -100,7 +100,8 @@ class FinishNetwork(Pass):
             left = "" if outcome.step else ", and left as it was: it did not help there either"
             self.note(f"it diverged; trained again at a tenth of the rates{left}")
         measured = f"error on the held-out images {outcome.before:.4f} -> {outcome.behind:.4f}"
-        kind = f"T^2 KL at T = {self.settings.holdout_temperature:g}" if is_logits(training.wanted) else "of the outputs, over their power"
+        of_outputs = "of the outputs, over their power"
+        kind = f"T^2 KL at T = {self.settings.holdout_temperature:g}" if has_classes(training.wanted) else of_outputs
         self.note(f"{measured} ({kind}), kept: {f'step {outcome.step}' if outcome.step else 'the start'}")
         self.keeper.save(self.stage, iterations, gm, self.log)
 

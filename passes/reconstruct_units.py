@@ -21,7 +21,7 @@ from fxquant.reconstruction.packs import pack, returns_logits
 from fxquant.reconstruction.store import Store
 from fxquant.reconstruction.unit import Show, UnitData, UnitSettings, learn_unit
 from fxquant.reconstruction.walk import Visit, Walk, cache_of
-from fxquant.tree import is_logits
+from fxquant.tree import has_classes
 from fxquant.units import Unit, cut
 
 
@@ -141,9 +141,9 @@ class ReconstructUnits(Pass):
     def _teacher_logits(self) -> Tensor | None:
         """Return the float logits of all images, or None (with a note) for a network without any."""
         outputs = [self.teacher(batch.to(self.device)) for batch in self.images]
-        if all(is_logits(output) for output in outputs):
+        if all(has_classes(output) and len(output) == len(batch) for output, batch in zip(outputs, self.images, strict=True)):
             return torch.cat(outputs)
-        note = "the network returns no logits [N, C], so their KL is not used"
+        note = "the network returns no logits [N, C] of several classes, so their KL is not used"
         if note not in self.log.notes:  # a run that goes on has it already
             self.note(note)
         return None

@@ -8,11 +8,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import fxquant
-from fxquant.data import check_seed, collect, first_images, fresh_views, is_random, rebatch, repeatable, seeded
+from fxquant.data import check_seed, collect, first_images, fresh_views, in_one_order, is_random, rebatch, repeatable, seeded
 
 
 @pytest.fixture
@@ -202,6 +202,45 @@ def test_repeatable_lets_convolutions_be_so_and_puts_everything_back(random_stat
         raise KeyError
     assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == chosen
     assert random_states() == before
+
+
+def test_repeatable_works_in_full_precision():
+    with torch.autocast("cpu", torch.bfloat16):
+        with repeatable(3):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def test_seeded_leaves_unused_gpus_alone(monkeypatch):
+    """Their seed would stay: there is no state to put back before a GPU is used."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail(f"seeded with {seed}"))
+    with seeded(3):
+        torch.rand(1)
+
+
+class Normalizing(DataLoader):
+    """Makes something of the batches."""
+
+    def __iter__(self):
+        return (2 * batch for batch in super().__iter__())
+
+
+def test_what_a_loader_makes_of_its_batches_stays(images):
+    assert in_one_order(Normalizing(torch.cat(images), 16)) is None
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).eval()
+    scales = []
+    for loader in (Normalizing(torch.cat(images), 16), [2 * batch for batch in images], images):
+        quantized = fxquant.quantize(network, loader, 8, 8, cat=False, recipe="fast", progress=False)
+        scales.append([value for name, value in quantized.state_dict().items() if name.startswith("activations")])
+    assert all(map(torch.equal, scales[0], scales[1])) and not all(map(torch.equal, scales[0], scales[2]))
+
+
+def test_a_loader_may_write_all_batches_into_the_same_memory(images):
+    buffer = torch.empty_like(images[0])
+    batches = [batch for batch in images if len(batch) == len(buffer)]
+    collected = collect(buffer.copy_(batch) for batch in batches)
+    assert len(batches) > 1 and all(map(torch.equal, collected, batches))
 
 
 def test_seeded_decides():

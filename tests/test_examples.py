@@ -149,6 +149,26 @@ def test_an_unknown_variant_of_the_ablation_is_named(tmp_path: Path, stopped: Ca
     assert "no variant begins with 'weigths'; there are: standard, without the bias stage" in errors
 
 
+def test_an_ablation_takes_no_equal_time(tmp_path: Path, stopped: Callable[..., tuple[Any, str, str]]) -> None:
+    (tmp_path / "zoo.py").write_text(ZOO)
+    code, _, errors = stopped("06_reconstruction.py", str(tmp_path), "--ablation", "--equal-time")
+    assert code == 2
+    assert "choose one" in errors
+
+
+@pytest.mark.slow
+def test_published_recipes_at_equal_time(tmp_path: Path) -> None:
+    (tmp_path / "zoo.py").write_text(ZOO)
+    words = ["--recipes", "brecq", "fast", "--equal-time", "--set", "unit_iterations=2", "--out", str(tmp_path / "out")]
+    done = run("06_reconstruction.py", str(tmp_path), *words)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in (tmp_path / "out" / "runs.md").read_text().splitlines() if line.startswith("|")]
+    assert sorted(line.split("|")[2].strip() for line in lines[2:]) == [
+        "brecq unit_iterations=2 scales_iterations=1750",
+        "fast unit_iterations=2",
+    ]
+
+
 @pytest.mark.slow
 def test_transformers_on_a_network_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "zoo.py").write_text(ZOO)

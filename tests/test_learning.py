@@ -656,7 +656,7 @@ def test_resume_with_images_in_other_batches(net, images, begun, plain):
 
 def test_resume_with_another_version(net, images, begun, monkeypatch):
     monkeypatch.setattr(checkpoints, "_version", lambda: "99.0")
-    with pytest.raises(CheckpointError, match=r"the version differs \(fxquant .* wrote it, this is fxquant 99.0, torch .*, format 2\)"):
+    with pytest.raises(CheckpointError, match=r"the version differs \(fxquant .* wrote it, this is fxquant 99.0, torch .*, format 3\)"):
         quantize(net, images, resume=begun)
 
 

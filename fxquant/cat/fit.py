@@ -85,6 +85,7 @@ class Fitter:
 
     def __init__(self, student: Tensor, teacher: Tensor, seed: int = 0):
         check_logits(student, teacher)
+        student, teacher = student.detach(), teacher.detach()
         self.dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         self.student, self.teacher, self.seed = student.to(self.dtype), teacher, seed
         self._found: dict[tuple[int, int], KMeans] = {}

@@ -27,7 +27,7 @@ from fxquant.files import checksum, drop_unfinished, free_space, gib, raw, write
 from fxquant.graph import fingerprint
 
 FILE = "checkpoint.safetensors"
-FORMAT = 2
+FORMAT = 3
 
 _KEY = "fxquant.checkpoint"
 _FULL = (errno.ENOSPC, errno.EDQUOT)

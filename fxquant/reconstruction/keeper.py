@@ -8,6 +8,7 @@ state                       the stage, how many of its units or steps are done, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,6 +94,7 @@ def state_of(gm: GraphModule) -> dict[str, Tensor]:
                 state[f"{node.target}.bias"] = module.bias
         elif isinstance(module, UniformQuantizer):
             state |= {f"{node.target}.scale": module.scale, f"{node.target}.zero_point": module.zero_point}
+            state[f"{node.target}.signed"] = torch.tensor(module.spec.signed)
     return state
 
 
@@ -113,7 +115,9 @@ def restore(gm: GraphModule, state: Mapping[str, Tensor]) -> None:
 
 
 def _quantizer(module: UniformQuantizer, state: Mapping[str, Tensor], path: str) -> UniformQuantizer:
-    return module.with_grid(state[f"{path}.scale"].to(module.scale), state[f"{path}.zero_point"].to(module.scale))
+    grid = state[f"{path}.scale"].to(module.scale), state[f"{path}.zero_point"].to(module.scale)
+    signed = bool(state.get(f"{path}.signed", torch.tensor(module.spec.signed)))  # those of activations may have been chosen again
+    return module.with_grid(*grid) if signed == module.spec.signed else UniformQuantizer(replace(module.spec, signed=signed), *grid)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

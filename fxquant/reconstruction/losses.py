@@ -90,7 +90,7 @@ def feature_losses(outputs: Sequence[Tensor], targets: Sequence[Tensor], count: 
     """
     ratios = []
     for y, t, power in zip(outputs, targets, powers_of(targets), strict=True):
-        apart = len(y) == count and y.numel() > 0
+        apart = y.ndim > 0 and len(y) == count and y.numel() > 0
         errors = count * _power((y - t).reshape(count, -1), 1) if apart else _power(y - t).expand(count)
         ratios.append(errors / power.clamp_min(1e-12))
     return torch.stack(ratios).mean(0)

@@ -30,7 +30,7 @@ from fxquant.reconstruction.losses import annealed, cosine, feature_loss, featur
 from fxquant.reconstruction.matching import Matching
 from fxquant.reconstruction.unit import WORSE, Show, can_fuse
 from fxquant.reconstruction.views import Views
-from fxquant.tree import floats_of, is_logits, tensors_of
+from fxquant.tree import floats_of, has_classes, tensors_of
 
 State = dict[str, Tensor]
 
@@ -225,7 +225,7 @@ class NetworkTraining:
         with self._precision():
             found = self.steps[1](images)
         (theirs, wanted), moments = found if self.matching else (found, ())
-        return Taught(theirs, [*wanted, *([] if is_logits(theirs) else floats_of(theirs))], moments)
+        return Taught(theirs, [*wanted, *([] if has_classes(theirs) else floats_of(theirs))], moments)
 
     def _loss(self, images: Tensor, taught: Taught, powers: Sequence[Tensor], share: float) -> Tensor:
         """Return the part that `images`, a share of a batch, have in what is minimized, in float32; `powers` are those of the batch."""
@@ -233,7 +233,7 @@ class NetworkTraining:
         with self._precision():
             mine, features = self.steps[0](images, *taught.moments)
         loss = images.new_zeros(())
-        logits = is_logits(mine)
+        logits = has_classes(mine)
         if logits:
             loss = loss + share * settings.kl_weight * prediction_loss(mine, taught.output, settings.temperature)
         features = [*features, *([] if logits else floats_of(mine))]
@@ -253,7 +253,7 @@ class NetworkTraining:
         ``holdout_temperature``; where there are no logits, the normalized error of the outputs."""
         self._mix(0.0)
         mine = self._outputs(self.student, self.held_out)
-        if is_logits(mine):
+        if has_classes(mine):
             temperature = self.settings.holdout_temperature
             mine, wanted = (logits.cpu().double() / temperature for logits in (mine, self.wanted))
             return temperature**2 * kl_divergence(mine, wanted)
@@ -261,9 +261,10 @@ class NetworkTraining:
 
     def _outputs(self, graph: GraphModule, images: Tensor) -> Any:
         parts = [graph(part)[0] for part in images.split(self.at_once)]
-        if is_logits(parts[0]):
+        if has_classes(parts[0]):
             return torch.cat(parts)
-        return [torch.cat(values) for values in zip(*map(tensors_of, parts), strict=True)]
+        numbers = lambda values: torch.stack(values).to(torch.promote_types(values[0].dtype, torch.float64)).mean(0)  # noqa: E731
+        return [torch.cat(values) if values[0].ndim else numbers(values) for values in zip(*map(tensors_of, parts), strict=True)]
 
     def _checked(self, average: list[Tensor] | None, count: int) -> tuple[Tensor, list[Tensor]]:
         """Return the errors ``[N]`` of the held-out images with what would stay if training ended here, with moments of `count` images, and

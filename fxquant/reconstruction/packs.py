@@ -22,7 +22,7 @@ from fxquant.reconstruction.losses import prediction_loss
 from fxquant.reconstruction.store import Store
 from fxquant.reconstruction.unit import Show
 from fxquant.reconstruction.walk import Visit, Walk
-from fxquant.tree import is_logits
+from fxquant.tree import has_classes
 from fxquant.units import Unit, extract, merge, on_student
 
 
@@ -61,7 +61,7 @@ def pack(
 
 def returns_logits(teacher: GraphModule) -> bool:
     """Say whether a traced network gives logits ``[N, C]``, by which blocks are scored; without them packs are cut by length alone."""
-    return is_logits(teacher.graph.output_node().meta.get("val"))
+    return has_classes(teacher.graph.output_node().meta.get("val"))
 
 
 def adaptive_packs(scores: Sequence[float], sizes: Sequence[float], length: int, budget: float) -> list[tuple[int, int]]:
@@ -125,7 +125,7 @@ def _curvature(visit: Visit, quantized: GraphModule, suffix: Suffix, rows: Tenso
         out = quantized(*inputs)
         mine = out if isinstance(out, tuple) else (out,)
         theirs = suffix(targets, rows)
-    if not is_logits(theirs):
+    if not has_classes(theirs):
         return 0.0, 0.0, 0.0
     free = tuple(value.detach().requires_grad_(literal) for value in mine)
     with torch.set_grad_enabled(literal):

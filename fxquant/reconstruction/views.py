@@ -48,7 +48,8 @@ class Views:
         self.color, self.reach = color, reach
         self.size = min(size, len(rows))
         repeating = in_one_order(loader)
-        self.loader = repeating if repeating is not None and is_random(repeating) else None
+        with seeded(seed, loader):  # the same answer in a run that goes on, which has drawn less before
+            self.loader = repeating if repeating is not None and is_random(repeating) else None
         self._epoch = (-1, rows)
         self._pass = (-1, self.images)
         changes = (", recolored" if color else "") + (f", {blend:.0%} of the batches blended" if blend else "")

@@ -203,3 +203,10 @@ def test_half_precision_logits_give_a_float_correction():
 def test_refuses_with_advice(q, f, arguments, message):
     with pytest.raises(CATError, match=message):
         fit_cat(q, f, **{"clusters": 2} | arguments)
+
+
+def test_logits_on_the_tape_leave_it():
+    student = torch.randn(40, 5, requires_grad=True)
+    for fit, clusters in (("moments", 1), ("ridge", 2), ("kl", 2)):
+        cat = fit_cat(student, 2 * student + 1, fit=fit, clusters=clusters, pca=2)
+        assert not any(value.requires_grad for value in cat.buffers())

@@ -10,6 +10,7 @@ from test_contract import some_cat
 from test_insert_fake_quant import quantized
 from torch import nn
 
+from fxquant import trace
 from fxquant.cat import CAT
 from fxquant.errors import CATError
 from fxquant.graph import called
@@ -35,6 +36,27 @@ def test_one_cluster_is_folded_into_a_float_classifier(bias):
     new, log = apply(gm, AppendCAT(cat))
     assert (names(new), log.notes) == (names(gm), ["one cluster: folded into fc, free at inference"])
     torch.testing.assert_close(new(images()), cat(gm(images())), rtol=1e-5, atol=1e-5)
+
+
+class Twice(nn.Module):
+    """Its classifier is called, or its weight read, in front of the logits as well."""
+
+    def __init__(self, called: bool):
+        super().__init__()
+        self.called, self.fc = called, nn.Linear(5, 5)
+
+    def forward(self, x):
+        x = x[:, 0, 0, :5]
+        return self.fc(self.fc(x) if self.called else F.linear(x, self.fc.weight))
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_a_classifier_that_is_used_elsewhere_stays_as_it_is(called):
+    gm, cat = trace(Twice(called).eval(), images()), some_cat(FLOAT, 1)
+    new, log = apply(gm, AppendCAT(cat))
+    assert classes(new) - classes(gm) == {"CAT": 1}
+    assert ("called 2 times" if called else "also read outside") in log.skipped[0][1]
+    assert torch.equal(new(images()), cat(gm(images())))
 
 
 @pytest.mark.parametrize("freeze", [True, False])

@@ -498,7 +498,7 @@ def test_the_same_run_is_the_same(teacher, images, untouched):
         one = Identity.of(teacher, RUN, images)
     other = Identity.of(copy.deepcopy(teacher), json.loads(json.dumps(RUN)), [image.clone() for image in images])
     assert one == other
-    assert one.version == f"fxquant {fxquant.__version__}, torch {torch.__version__}, format 2"
+    assert one.version == f"fxquant {fxquant.__version__}, torch {torch.__version__}, format 3"
     assert one.settings == RUN
     assert len({one.network, one.run, one.images}) == 3
     assert all(len(part) == 64 for part in (one.network, one.run, one.images))

@@ -79,7 +79,7 @@ def test_output_gradients_are_those_of_the_whole_network(name, layer, activation
     expected = []
     for rows in torch.arange(COUNT).split(7):
         y, values = with_features(whole, places)(x[rows].requires_grad_())
-        loss = -(logits[rows].softmax(1) * y.log_softmax(1)).sum(1).mean()
+        loss = -(logits[rows].softmax(1) * y.log_softmax(1)).sum() / 7  # the last batch is smaller, its images weigh as much
         expected.append([gradient.abs() + 1 for gradient in torch.autograd.grad(loss, values)])
     for mine, parts in zip(read(torch.arange(COUNT)), zip(*expected, strict=True), strict=True):
         torch.testing.assert_close(mine - 1, torch.cat(parts) - 1, rtol=1e-2, atol=1e-6)

@@ -48,6 +48,19 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # ---- the values ----
 
 
+def test_the_sign_of_a_grid_that_was_chosen_again_is_restored():
+    _, student = pair("residual")
+    path, quantizer = next((str(node.target), module) for node, module in called(student) if isinstance(module, UniformQuantizer))
+    spec = replace(quantizer.spec, signed=not quantizer.spec.signed, symmetric=True)
+    zero = torch.zeros_like(quantizer.zero_point)
+    start, other = fork(student), fork(student)
+    put_modules(start, {path: UniformQuantizer(replace(spec, signed=quantizer.spec.signed), quantizer.scale, zero)})
+    put_modules(other, {path: UniformQuantizer(spec, quantizer.scale, zero)})
+    restore(start, state_of(other))
+    assert start.get_submodule(path).spec == spec
+    assert torch.equal(start(images(3)), other(images(3)))
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_restored_is_what_was_learned(name):
     _, student = pair(name)
@@ -138,7 +151,7 @@ def test_float64_stays_float64():
     student = student.double()
     target = fork(student)
     restore(target, {key: value.clone() for key, value in state_of(student).items()})
-    assert {value.dtype for value in state_of(target).values()} == {torch.float64}
+    assert {value.dtype for value in state_of(target).values()} == {torch.float64, torch.bool}  # bool: the sign of a grid
 
 
 # ---- where a run is ----

@@ -188,6 +188,26 @@ def test_the_randomness_of_the_loader_is_used_and_can_be_taken_up_anywhere():
     assert len(set(noise)) == len(noise) and not set(noise) & set((torch.cat(calibration)[:, 0, 0, 0] % 1).tolist())
 
 
+class SeldomMirrored(Jittered):
+    """So seldom that two passes may well be the same."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = torch.arange(8.0).expand(3, 8, 8) + index
+        return image.flip(2) if torch.rand(()) < 0.03 else image
+
+
+def test_whether_a_loader_is_random_does_not_depend_on_what_was_drawn_before():
+    """A run that goes on has drawn less."""
+    loader = DataLoader(SeldomMirrored(12), batch_size=4)
+    calibration, found = collect(loader), []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        found.append({Views(calibration, torch.arange(12), loader, "crop", 0.0, 4, 0).made for _ in range(5)})
+        assert found[-1] == found[0] and len(found[0]) == 1
+    others = {Views(calibration, torch.arange(12), loader, "crop", 0.0, 4, seed).made for seed in range(20)}
+    assert others == {"shifted", "passes of the loader"}
+
+
 def test_a_loader_without_randomness_is_not_passed_over_again():
     loader = DataLoader(numbered(6), batch_size=4)
     made = Views(collect(loader), torch.arange(6), loader, "crop", 0.0, 4, 0)
