@@ -4,7 +4,8 @@
     python examples/07_benchmark_reconstruction.py PATH --whole
 
 PATH is a folder with a zoo.py as in 02_cifar10_resnet20.py. Times are medians of interleaved rounds on an otherwise idle machine.
-Memory (Linux alone) is what the process grows by at most while units learn, over the float weights and the most that the cache held.
+Memory (Linux alone) is what the process grows by at most while units learn, what torch sets aside once included, and the float weights,
+over these and the most that the cache held.
 ``--whole`` also runs the recipe standard from the images to the end (minutes).
 """
 
@@ -83,7 +84,7 @@ def prepared(model: nn.Module, images: list[torch.Tensor]) -> tuple[GraphModule,
 
 
 def memory_ratio(teacher: GraphModule, student: GraphModule, images: list[torch.Tensor]) -> float:
-    """Return by how many bytes the process grows at most while all units learn (a few steps each), over those of weights and cache."""
+    """Return weights and the bytes that the process grows by at most while all units learn (a few steps each) over weights and cache."""
     page = os.sysconf("SC_PAGE_SIZE")
     resident = lambda: int(PROCESS.read_text().split()[1]) * page  # noqa: E731
     before, seen, over = resident(), [0], threading.Event()
@@ -103,7 +104,7 @@ def memory_ratio(teacher: GraphModule, student: GraphModule, images: list[torch.
         over.set()
         watcher.join()
     weights = sum(value.numel() * value.element_size() for value in teacher.parameters())
-    return (max(seen) - before) / (weights + store.peak)
+    return (weights + max(seen) - before) / (weights + store.peak)
 
 
 def unit_ratio(teacher: GraphModule, student: GraphModule, images: list[torch.Tensor], rounds: int) -> float:

@@ -20,7 +20,7 @@ from fxquant.execution import BATCH, images_at_once
 from fxquant.graph import called, is_traced, precision_of
 from fxquant.inspection import working_device
 from fxquant.metrics import kl_divergence
-from fxquant.passes.append_cat import AppendCAT, logits_node
+from fxquant.passes.append_cat import AppendCAT, logits_node, why_not_chosen
 from fxquant.recipe import Recipe
 from fxquant.record import META_KEY, Record
 
@@ -118,8 +118,7 @@ def check_paper_cat(setting: CatSetting, teacher: GraphModule, images: list[Tens
     """Raise CATError where a CAT by the published constants is asked for and cannot be fitted: before anything is learned."""
     if setting != "paper" or "cat" not in recipe.stages:
         return
-    reason = logits_node(teacher)
-    if isinstance(reason, str):
+    if reason := why_not_chosen(teacher):
         raise CATError(reason, where=type(teacher).__name__, fix="Use cat=False, or wrap the network so that it returns logits")
     _check_enough(sum(map(len, images)), recipe.cat_clusters)
 
@@ -136,8 +135,7 @@ def append_selected(
     narrator: Narrator,
 ) -> GraphModule:
     """Choose and append the CAT of `fxquant.quantize`; what was chosen, and what it gains, goes into `record.cat`."""
-    reason = logits_node(student)
-    if isinstance(reason, str):
+    if reason := why_not_chosen(student):
         warnings.warn(FxquantWarning(f"CAT skipped: the network {reason}. Pass cat=False to silence this."), stacklevel=3)
         record.cat = {"fit": "none", "why": f"the network {reason}"}
         return student

@@ -22,7 +22,7 @@ IMAGE_KEYS = ("pixel_values", "image", "images", "img", "input", "inputs", "x", 
 
 
 def collect(loader: Iterable[Any], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Return the image batches of `loader`, on the CPU, checked.
+    """Return copies of the image batches of `loader`, on the CPU, checked.
 
     Args:
         loader: an iterable of batches. A batch is a tensor ``[N, C, H, W]``, a tuple or list that begins with one, or a dict that holds one
@@ -221,12 +221,8 @@ def repeatable(seed: int, loader: object = None) -> Iterator[None]:
     """
     cudnn = torch.backends.cudnn
     chosen = cudnn.deterministic, cudnn.benchmark
-    with contextlib.ExitStack() as stack:
-        for context in (torch.inference_mode(False), torch.enable_grad(), seeded(seed, loader)):
-            stack.enter_context(context)
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+    precise = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), precise[0], precise[1], seeded(seed, loader):
         cudnn.deterministic, cudnn.benchmark = True, False
         try:
             yield
@@ -241,12 +237,14 @@ def seeded(seed: int, loader: object = None) -> Iterator[None]:
     Everything inside fxquant draws from generators of its own; this is for the loader, whose shuffling and augmentation do not.
     """
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    own = [getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None))]
-    generators = [torch.default_generator, *(generator for generator in own if isinstance(generator, torch.Generator))]
+    batches = getattr(loader, "batch_sampler", None)
+    parts = loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)
+    own = {id(found): found for part in parts if isinstance(found := getattr(part, "generator", None), torch.Generator)}
+    generators = [torch.default_generator, *own.values()]
     states = [generator.get_state() for generator in generators]
     gpu_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    if gpu_states:  # torch.manual_seed would seed GPUs that nobody has used yet, and for good
-        torch.cuda.manual_seed_all(seed)
+    first = torch.initial_seed()
+    torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
     try:
@@ -258,5 +256,7 @@ def seeded(seed: int, loader: object = None) -> Iterator[None]:
             generator.set_state(state)
         if gpu_states:
             torch.cuda.set_rng_state_all(gpu_states)
+        else:  # GPUs that were not used yet have no state, and get the seed that they would have had
+            torch.cuda.manual_seed_all(first)
         np.random.set_state(numpy_state)
         random.setstate(python_state)

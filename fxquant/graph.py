@@ -172,6 +172,11 @@ def put_constant(gm: GraphModule, path: str, value: Tensor) -> None:
         owner.register_buffer(name, value)
 
 
+def quantizer_path(name: str) -> str:
+    """Return where the observer, and after it the quantizer, of the tensor of the node `name` lives."""
+    return f"activations.{name}" + ("_" if hasattr(nn.Module, name) else "")  # no module can be called "to"
+
+
 def free_path(gm: GraphModule, path: str) -> str:
     """Return `path`, or `path` with the first number behind it that no attribute of `gm` has yet."""
     candidate, number = path, 0

@@ -66,25 +66,26 @@ def learning_passes(
     return passes
 
 
-def learnable(recipe: Recipe, teacher: GraphModule, image: Tensor) -> Recipe:
-    """Return `recipe` as `teacher` can learn by it: in float32 where operations have no bfloat16 (deformable convolutions).
+def learnable(recipe: Recipe, teacher: GraphModule, images: Tensor) -> Recipe:
+    """Return `recipe` as `teacher` can learn by it, from images like `images`: in float32 where operations have no bfloat16 (deformable
+    convolutions).
 
     Raises:
         ConfigError: it learns, and the network returns nothing that has an error (classes or masks alone).
         ModelError: the network writes into its images, and gives other outputs for what is then in them.
     """
-    _check_writes(teacher, image)
+    _check_writes(teacher, images)
     if not set(recipe.stages) & {*UNIT_WISE, *NETWORK_WISE}:
         return recipe
     with torch.no_grad():
-        if not floats_of(teacher(image.clone())):
+        if not floats_of(teacher(images[:1].clone())):
             fix = 'Use recipe="fast", or let the network return its scores, too'
             raise ConfigError("learns, and the network returns no floats to learn from", where=f"recipe {recipe.name!r}", fix=fix)
         if recipe.precision == "float32":
             return recipe
         try:
-            with quiet_failures(), contextlib.redirect_stderr(io.StringIO()), torch.autocast(image.device.type, torch.bfloat16):
-                teacher(image)
+            with quiet_failures(), contextlib.redirect_stderr(io.StringIO()), torch.autocast(images.device.type, torch.bfloat16):
+                teacher(images[:1].clone())
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -96,10 +97,10 @@ def learnable(recipe: Recipe, teacher: GraphModule, image: Tensor) -> Recipe:
 
 
 @torch.no_grad()
-def _check_writes(teacher: GraphModule, image: Tensor) -> None:
-    given = image.clone()
+def _check_writes(teacher: GraphModule, images: Tensor) -> None:
+    given = images.clone()
     output = teacher(given)
-    if not torch.equal(given, image) and not all(map(torch.equal, tensors_of(teacher(given)), tensors_of(output))):
+    if not torch.equal(given, images) and not all(map(torch.equal, tensors_of(teacher(given)), tensors_of(output))):
         raise ModelError(
             "writes into its images, so that a second pass over them gives other outputs",
             where=type(teacher).__name__,

@@ -97,7 +97,7 @@ def quantize(
         some = affordable_images(images, recipe.bias_images, recipe, teacher, device)
         reparameterize = [passes.ReparameterizeNorms(plan, some, recipe)] if "reparameterize" in recipe.stages else []
         teacher = Pipeline(reparameterize, narrator.passed, narrator.bar).run(teacher)
-        recipe = learnable(recipe, teacher, images[0][:1].to(device))
+        recipe = learnable(recipe, teacher, images[0].to(device))
         check_paper_cat(cat, teacher, images, recipe)
         observe = passes.InsertObservers(plan, recipe.matmul_scales)
         observed = observe(teacher).graph_module.to(device)

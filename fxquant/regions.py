@@ -4,8 +4,8 @@
 batch size alone (a position bias, a size), so every region can compute it for itself and it never ties two regions together.
 
 `Partition` starts with one region a node and only ever joins regions. Whatever was joined on the way, `Partition.close` makes the
-result valid: a tensor that is no stack of images (a tuple, windows counted into the batch axis) is not cut, writes stay beside what they
-write into, and regions that read each other in a circle become one.
+result valid: a tensor that is no stack of images (a tuple, windows counted into the batch axis, indices, masks) is not cut, writes stay
+beside what they write into, and regions that read each other in a circle become one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxquant.graph import is_impure
 from fxquant.kinds import QUANTIZED, WEIGHTED, kind
-from fxquant.tracing.values import SizeNodes, expression, leaves
+from fxquant.tracing.values import SizeNodes, expression, leaves, rows_of
 
 MOVERS = frozenset({"view", "getitem", "getattr", "pad", "max_pool", "avg_pool", "mean", "interpolate", "dropout", "concat"})
 """Kinds that move or pool values: no activation, and no place to end a layer behind."""
@@ -101,11 +101,10 @@ class Flow:
 
     def is_stack(self, node: Node) -> bool:
         """Say whether the value of `node` is one tensor of floats (or complex numbers) with one row an image."""
-        value, images = node.meta.get("val"), self.images.meta["val"]
+        value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.ndim == 0 or not isinstance(value.shape[0], torch.SymInt):
             return False
-        floats = value.is_floating_point() or value.is_complex()
-        return floats and bool(expression(value.shape[0]) == expression(images.shape[0]))
+        return (value.is_floating_point() or value.is_complex()) and rows_of(value) == rows_of(self.images.meta["val"])
 
     def is_soft(self, node: Node) -> bool:
         """Say whether `node` keeps the shape of what it reads and has no weight: an activation, a norm, arithmetic."""

@@ -26,13 +26,12 @@ from torch.fx import GraphModule
 from fxquant.cat import CAT
 from fxquant.errors import ConfigError, StorageError, TraceError
 from fxquant.files import checksum, write_whole
-from fxquant.graph import called, fingerprint, insert_behind, is_traced, put_module
+from fxquant.graph import called, fingerprint, insert_behind, is_traced, put_module, quantizer_path
 from fxquant.inspection import check_network
 from fxquant.kinds import WEIGHTED, kind
 from fxquant.packing import pack, unpack
 from fxquant.passes import PREPARE, Freeze, InsertFakeQuant, InsertObservers
 from fxquant.passes.append_cat import logits_node
-from fxquant.passes.insert_observers import FOLDER
 from fxquant.pipeline import Pipeline
 from fxquant.placement import LayerPlan, TensorPlan
 from fxquant.quantizers import DualQuantizer, LogQuantizer, Observer, QuantSpec, UniformQuantizer
@@ -125,7 +124,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> GraphModule:
         return UniformQuantizer(spec, scale, zero_point)
 
     def activation(tensor: TensorPlan, observer: Observer) -> UniformQuantizer | LogQuantizer:
-        name = f"{FOLDER}.{tensor.node}"
+        name = quantizer_path(tensor.node)
         stored = quantizers[name]
         return LogQuantizer(_spec(stored), tensors.pop(f"{name}.scale"), stored["grid"]) if "grid" in stored else quantizer(name)
 

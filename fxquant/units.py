@@ -29,6 +29,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from fxquant.errors import ConfigError, one_of
+from fxquant.graph import quantizer_path
 from fxquant.regions import Flow, Partition, Scope, inside, is_number, rebuild, scopes
 
 GRANULARITIES = ("layer", "block", "network")
@@ -127,7 +128,7 @@ def on_student(unit: Unit, student: GraphModule) -> Unit:
 def _observed(node: Node) -> str | None:
     """Return the name of the node that `node` observes or quantizes (as `InsertObservers` names them), else None."""
     parent = node.args[0] if node.op == "call_module" and len(node.args) == 1 else None
-    return parent.name if isinstance(parent, Node) and node.target == f"activations.{parent.name}" else None
+    return parent.name if isinstance(parent, Node) and node.target == quantizer_path(parent.name) else None
 
 
 def extract(gm: GraphModule, unit: Unit) -> GraphModule:

@@ -15,7 +15,7 @@ from fxquant.kinds import kind
 from fxquant.passes.freeze import Freeze
 from fxquant.pipeline import Pass
 from fxquant.quantizers.layers import QuantizedLayer
-from fxquant.tracing.values import expression
+from fxquant.tracing.values import rows_of
 
 
 class AppendCAT(Pass):
@@ -104,17 +104,18 @@ def logits_node(gm: GraphModule) -> Node | str:
     if not isinstance(value, Tensor) or value.ndim != 2:
         shape = [size if isinstance(size, int) else "N" for size in value.shape] if isinstance(value, Tensor) else type(value).__name__
         return f"returns {shape}, not logits [N, C]"
-    if value.shape[1] == 1:
-        return "returns one logit, whose softmax is always 1"
-    images = next(iter(gm.graph.find_nodes(op="placeholder"))).meta.get("val")
-    if isinstance(images, Tensor) and _rows(images) != _rows(value):
-        return "returns rows [M, C] that are not one an image"
     return result
 
 
-def _rows(value: Tensor) -> object:
-    size = value.shape[0]
-    return size if isinstance(size, int) else expression(size)
+def why_not_chosen(gm: GraphModule) -> str | None:
+    """Return a sentence that says why no CAT can be chosen by the KL of images behind a traced network, or None."""
+    logits = logits_node(gm)
+    if isinstance(logits, str):
+        return logits
+    value, images = logits.meta["val"], next(iter(gm.graph.find_nodes(op="placeholder"))).meta["val"]
+    if value.shape[1] == 1:
+        return "returns one logit, whose softmax is always 1"
+    return None if rows_of(value) == rows_of(images) else "returns rows [M, C] that are not one an image"
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from torch import nn
 from torch.fx import GraphModule
 
-from fxquant.graph import called, put_module
-from fxquant.passes.insert_observers import FOLDER, InsertObservers
+from fxquant.graph import called, put_module, quantizer_path
+from fxquant.passes.insert_observers import InsertObservers
 from fxquant.pipeline import Pass
 from fxquant.placement import LayerPlan, Plan, TensorPlan
 from fxquant.quantizers import LogQuantizer, Observer, UniformQuantizer
@@ -38,11 +38,11 @@ class InsertFakeQuant(Pass):
         self.plan, self.activations, self.weights = plan, activations, weights
 
     def run(self, gm: GraphModule) -> None:
+        tensors = {quantizer_path(name): tensor for name, tensor in self.plan.tensors.items()}
         for node, module in self.track(list(called(gm)), "choose ranges"):
             path = str(node.target)
             if isinstance(module, Observer):
-                tensor = self.plan.tensors[path.removeprefix(FOLDER + ".")]
-                put_module(gm, path, self.activations(tensor, module))
+                put_module(gm, path, self.activations(tensors[path], module))
                 self.changed()
             elif path in self.plan.layers and not isinstance(module, QuantizedLayer):
                 layer = self.plan.layers[path]

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from torch.fx import GraphModule
 
-from fxquant.graph import insert_behind, put_module
+from fxquant.graph import insert_behind, put_module, quantizer_path
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
 from fxquant.pipeline import Pass
 from fxquant.placement import Plan
 from fxquant.quantizers import observer_of
-
-FOLDER = "activations"
-"""Where the observers, and after them the quantizers, of activations live: ``activations.<node that makes the tensor>``."""
 
 
 class InsertObservers(Pass):
@@ -39,7 +36,7 @@ class InsertObservers(Pass):
         if self.matmul_scales == "head" and whole:
             self.note(f"one scale, not one a head, for {', '.join(whole)}: not [N, heads, L, d], or a layer reads the same values")
         for node in list(gm.graph.nodes):
-            path = f"{FOLDER}.{node.name}"
+            path = quantizer_path(node.name)
             if node.name not in self.plan.tensors or any(reader.target == path for reader in node.users):
                 continue
             put_module(gm, path, observer_of(node.name, self.plan.tensors[node.name].axis))

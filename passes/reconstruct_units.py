@@ -17,7 +17,7 @@ from fxquant.reconstruction.guidance import choose_ranges_again, corrected_input
 from fxquant.reconstruction.keeper import Keeper
 from fxquant.reconstruction.learners import put_modules
 from fxquant.reconstruction.norms import NORMS
-from fxquant.reconstruction.packs import pack, returns_logits
+from fxquant.reconstruction.packs import pack, returns_classes
 from fxquant.reconstruction.store import Store
 from fxquant.reconstruction.unit import Show, UnitData, UnitSettings, learn_unit
 from fxquant.reconstruction.walk import Visit, Walk, cache_of
@@ -102,8 +102,8 @@ class ReconstructUnits(Pass):
 
     def _summarize(self, units: Sequence[Unit], store: Store) -> None:
         self.note(f"{sum(1 for unit in units if unit.layers)} units, {self.recipe.unit_granularity} by {self.recipe.unit_granularity}")
-        if self.recipe.unit_granularity == "pack" and self.stage == "units" and not returns_logits(self.teacher):
-            self.note("the network returns no logits [N, C], so packs are cut by their length alone")
+        if self.recipe.unit_granularity == "pack" and self.stage == "units" and not returns_classes(self.teacher):
+            self.note("the network returns no logits [N, C] of several classes, so packs are cut by their length alone")
         if self.stage == "units" and self.recipe.unit_correction_iterations:
             unknown = [path for path, norm in self.teacher.meta.get(NORMS, {}).items() if not norm.has_statistics]
             if unknown:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 import fxquant
 from fxquant.data import check_seed, collect, first_images, fresh_views, in_one_order, is_random, rebatch, repeatable, seeded
@@ -212,11 +212,16 @@ def test_repeatable_works_in_full_precision():
 
 
 def test_seeded_leaves_unused_gpus_alone(monkeypatch):
-    """Their seed would stay: there is no state to put back before a GPU is used."""
+    """There is no state to put back before a GPU is used, but its seed is known."""
+    seeds: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail(f"seeded with {seed}"))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(42)
     with seeded(3):
         torch.rand(1)
+    assert seeds[-1] == torch.initial_seed() == 42
+    torch.set_rng_state(state)
 
 
 class Normalizing(DataLoader):
@@ -252,15 +257,19 @@ def test_seeded_decides():
     assert all(a != b for a, b in zip(draws[0], draws[2], strict=True))
 
 
-def test_seeded_takes_the_generators_of_a_loader():
-    loader = DataLoader(TensorDataset(torch.arange(20)), 20, shuffle=True, generator=torch.Generator().manual_seed(7))
-    before = loader.generator.get_state()
+@pytest.mark.parametrize("batches", [False, True])
+def test_seeded_takes_the_generators_of_a_loader(batches):
+    numbers, generator = TensorDataset(torch.arange(20)), torch.Generator().manual_seed(7)
+    loader = DataLoader(numbers, 20, shuffle=True, generator=generator)
+    if batches:
+        loader = DataLoader(numbers, batch_sampler=BatchSampler(RandomSampler(numbers, generator=generator), 20, False))
+    before = generator.get_state()
     orders = []
     for _ in range(2):
         with seeded(0, loader):
             orders.append(next(iter(loader))[0].tolist())
     assert orders[0] == orders[1]
-    assert torch.equal(loader.generator.get_state(), before)
+    assert torch.equal(generator.get_state(), before)
 
 
 def test_check_seed():

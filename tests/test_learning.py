@@ -466,6 +466,15 @@ def test_other_networks_resume_as_well(tmp_path, monkeypatch, name, net_name):
         assert record_of(again).to_dict() == record_of(plain).to_dict()
 
 
+@pytest.mark.slow
+def test_compiled_steps_go_on_as_they_would_have(net, images, tmp_path, monkeypatch):
+    recipe = ONE["finish"].replace(name="compiled", compile=True, finish_iterations=8, finish_checks=4)
+    compiled = quantize(net, images, recipe=recipe)
+    check_same(kill_and_resume(monkeypatch, tmp_path / "run", 2, net, images, recipe=recipe), compiled, images[0])
+    plain = quantize(net, images, recipe=recipe.replace(compile=False))
+    torch.testing.assert_close(compiled(images[0]), plain(images[0]), rtol=0.1, atol=0.1 * plain(images[0]).abs().max().item())
+
+
 def test_weights_keep_their_memory_format_behind_a_resume(images, tmp_path, monkeypatch):
     """Kernels sum in another order for another format."""
     net, x = nets.make("residual").to(memory_format=torch.channels_last), images[0].contiguous(memory_format=torch.channels_last)
@@ -813,9 +822,11 @@ def test_a_network_without_logits(name):
     assert quantized(x[0]).keys() == net(x[0]).keys()
     if name == "pdquant":
         said = [note for note in notes_of(quantized, "units") if "no logits" in note]
-        assert said == ["the network returns no logits [N, C], so their KL is not used"]
+        assert said == ["the network returns no logits [N, C] of several classes, so their KL is not used"]
     if name == "packptq":
-        assert "the network returns no logits [N, C], so packs are cut by their length alone" in notes_of(quantized, "units")
+        assert "the network returns no logits [N, C] of several classes, so packs are cut by their length alone" in notes_of(
+            quantized, "units"
+        )
 
 
 def test_batch_norms_without_statistics_correct_no_inputs():
@@ -1052,7 +1063,7 @@ def test_other_images_on_each_pass_of_any_iterable_are_named(net, images):
     quantized = quantize(net, Changing(images), recipe=ONE["finish"])
     assert any("other images on each pass" in note for log in record_of(quantized).passes for note in log.notes)
     assert "shifted and mirrored" in notes_of(quantized, "finish")[0]
-    assert "what the loader itself does at random is not used" in notes_of(quantized, "finish")[0]
+    assert "on each pass of the loader are not used" in notes_of(quantized, "finish")[0]
 
 
 class RandomBatches:

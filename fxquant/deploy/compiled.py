@@ -18,6 +18,7 @@ from fxquant.deploy.vnni import SHIM, VnniProduct
 from fxquant.errors import ConfigError
 from fxquant.execution import images_at_once
 from fxquant.graph import fork, is_on_cpu
+from fxquant.tracing.values import rows_of
 from fxquant.tree import is_logits
 
 
@@ -105,7 +106,7 @@ def _images_at_once(gm: GraphModule) -> int:
     images, logits = (node.meta.get("val") for node in (next(iter(gm.graph.nodes)), gm.graph.output_node()))
     if not isinstance(images, Tensor) or not isinstance(logits, Tensor) or not is_on_cpu(gm):
         return UNLIMITED
-    if not is_logits(logits) or str(logits.shape[0]) != str(images.shape[0]):  # no row for each image
+    if not is_logits(logits) or rows_of(logits) != rows_of(images):  # no row for each image
         return UNLIMITED
     weights = sum(value.nbytes for value in gm.parameters())
     weights += sum(module.bytes for module in gm.modules() if isinstance(module, CpuIntegerLayer))

@@ -54,7 +54,8 @@ def output_gradients(visit: Visit, suffix: Suffix, logits: Tensor, batch: int) -
                 out = graph(*visit.quantized(rows))
             outputs = tuple(value.detach().requires_grad_() for value in (out if isinstance(out, tuple) else (out,)))
             log_q, p = F.log_softmax(suffix(outputs, rows), 1), F.softmax(logits[rows.to(logits.device)], 1)
-            found = torch.autograd.grad(F.kl_div(log_q, p, reduction="sum") / batch, outputs)  # of the last, smaller batch alike
+            loss = F.kl_div(log_q, p, reduction="sum") / min(batch, len(logits))  # images of the last, smaller batch weigh as much
+            found = torch.autograd.grad(loss, outputs)
             yield [gradient.abs() + 1 for gradient in found]
 
     visit.store.put_all(names, gradients())

@@ -21,7 +21,7 @@ from fxquant.reconstruction.learners import Learners
 from fxquant.reconstruction.losses import prediction_loss
 from fxquant.reconstruction.store import Store
 from fxquant.reconstruction.unit import Show
-from fxquant.reconstruction.walk import Visit, Walk
+from fxquant.reconstruction.walk import Visit, Walk, inner_of
 from fxquant.tree import has_classes
 from fxquant.units import Unit, extract, merge, on_student
 
@@ -37,16 +37,14 @@ def pack(
 ) -> list[Unit]:
     """Return `units` with runs of blocks merged into packs.
 
-    What is in front of the first unit with several layers and behind the last one stays alone, as do the first and the last with layers.
+    What is in front of the first block and behind the last stays alone (`inner_of`).
 
     A pack holds at most ``recipe.pack_length`` units with layers, and activations for a batch (kept for the backward pass) of at most
     ``recipe.memory_gib``.
     """
-    learned = [index for index, unit in enumerate(units) if unit.layers]
-    blocks = [index for index in learned if len(units[index].layers) > 1] or learned
-    inner = [index for index in learned[1:-1] if blocks[0] <= index <= blocks[-1]]
+    inner = inner_of(units)
     scores = [0.0] * len(units)
-    if returns_logits(teacher):
+    if len(inner) > 1 and returns_classes(teacher):
         scores = sensitivities(teacher, student, units, images, store, recipe.pack_score == "literal", show)
     nodes = {node.name: node for node in teacher.graph.nodes}
     sizes = [recipe.unit_batch * sum(bytes_per_image(nodes[name]) for name in units[index].nodes) for index in inner]
@@ -59,8 +57,9 @@ def pack(
     return [*packed, *units[done:]]
 
 
-def returns_logits(teacher: GraphModule) -> bool:
-    """Say whether a traced network gives logits ``[N, C]``, by which blocks are scored; without them packs are cut by length alone."""
+def returns_classes(teacher: GraphModule) -> bool:
+    """Say whether a traced network gives logits ``[N, C]`` of several classes, by which blocks are scored; without them packs are cut by
+    length alone."""
     return has_classes(teacher.graph.output_node().meta.get("val"))
 
 

@@ -50,13 +50,14 @@ class Views:
         repeating = in_one_order(loader)
         with seeded(seed, loader):  # the same answer in a run that goes on, which has drawn less before
             self.loader = repeating if repeating is not None and is_random(repeating) else None
+            unused = repeating is None and is_changing(loader)
         self._epoch = (-1, rows)
         self._pass = (-1, self.images)
         changes = (", recolored" if color else "") + (f", {blend:.0%} of the batches blended" if blend else "")
         words = {"none": "the calibration images themselves", "crop": "shifted", "crop+flip": "shifted and mirrored"}
         self.made = ("passes of the loader" if self.loader is not None else words[augment]) + changes
-        if repeating is None and is_changing(loader):
-            self.made += "; what the loader itself does at random is not used, as it does not say which image is which"
+        if unused:
+            self.made += "; other images or another order on each pass of the loader are not used, as it does not say which image is which"
 
     def batch(self, step: int) -> Tensor:
         """Return the views ``[size, C, H, W]`` of `step`: every image once an epoch, in another order each time."""

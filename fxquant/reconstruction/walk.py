@@ -213,6 +213,15 @@ def peak_need(
     return peak * count * share
 
 
+def inner_of(units: Sequence[Unit]) -> list[int]:
+    """Return the places of the units that packs are made of: those with layers, but the first and the last, from the first to the last that
+    has several layers, where several have."""
+    learned = [index for index, unit in enumerate(units) if unit.layers]
+    blocks = [index for index in learned if len(units[index].layers) > 1]
+    first, last = (blocks[0], blocks[-1]) if len(blocks) > 1 else (0, len(units))
+    return [index for index in learned[1:-1] if first <= index <= last]
+
+
 def peak_need_of_packs(
     teacher: GraphModule,
     units: Sequence[Unit],
@@ -226,7 +235,7 @@ def peak_need_of_packs(
 
     Which ones is not known before they are scored, so each run is tried. The last three arguments are those of `peak_need`.
     """
-    inner = [index for index, unit in enumerate(units) if unit.layers][1:-1]
+    inner = inner_of(units)
     returned = {node.name for node in next(iter(teacher.graph.find_nodes(op="output"))).all_input_nodes}
     most = peak_need(teacher, units, count, share, gradients, corrected)
     for place, first in enumerate(inner):

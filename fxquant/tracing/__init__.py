@@ -133,9 +133,6 @@ def _trace(root: nn.Module, example: Tensor, leaf_modules: tuple[type[nn.Module]
     for node in graph.find_nodes(op="call_module"):
         drop_hooks(root.get_submodule(str(node.target)))
     _rename_reserved(root, graph)
-    for node in graph.nodes:
-        if hasattr(torch.nn.Module, node.name):  # names become paths of quantizers
-            node._rename(node.name + "_0")
     module = torch.fx.GraphModule(root, graph, class_name=type(root).__name__)
     kept = {name: getattr(root, name) for name in KEPT_ATTRIBUTES if hasattr(root, name)}
     # Attributes under this key are the ones that a deepcopy of a GraphModule takes along.

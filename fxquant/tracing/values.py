@@ -129,6 +129,12 @@ def expression(number: torch.SymInt | torch.SymFloat) -> sympy.Expr:
     return number.node.expr
 
 
+def rows_of(value: Tensor) -> object:
+    """Return how many rows a tensor of a traced graph has: a number, or an expression in `B`; of two that are equal, both have as many."""
+    size = value.shape[0]
+    return size if isinstance(size, int) else expression(size)
+
+
 def _coefficient(expr: sympy.Expr) -> int:
     """c of `c * B`, or 0 for an expression of another form."""
     c, rest = expr.as_coeff_Mul()
