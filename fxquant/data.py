@@ -221,8 +221,12 @@ def repeatable(seed: int, loader: object = None) -> Iterator[None]:
     """
     cudnn = torch.backends.cudnn
     chosen = cudnn.deterministic, cudnn.benchmark
-    precise = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), precise[0], precise[1], seeded(seed, loader):
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):  # without its cache, which lives as long as the outermost block: weights change inside
+                stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+        for context in (torch.inference_mode(False), torch.enable_grad(), seeded(seed, loader)):
+            stack.enter_context(context)
         cudnn.deterministic, cudnn.benchmark = True, False
         try:
             yield

@@ -132,9 +132,12 @@ def test_writes_into_the_images(x):
     assert torch.equal(x, kept)
 
 
-def test_autocast_of_the_caller_changes_nothing(x):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_autocast_of_the_caller_changes_nothing(x, precision):
     network = net(lambda s, x: s.fc(F.relu(s.d(F.relu(s.c(x)))).mean((2, 3))))
-    plain = quantize(network, x, LEARN.replace(stages=("ranges", "bias", "units", "finish")))
+    stages = ("ranges", "bias", "units", "finish")
+    recipe = LEARN.replace(stages=stages, finish_iterations=60, unit_bias_rate=1e-3, precision=precision)
+    plain = quantize(network, x, recipe)
     with torch.autocast("cpu", torch.bfloat16):
-        again = quantize(network, x, LEARN.replace(stages=("ranges", "bias", "units", "finish")))
+        again = quantize(network, x, recipe)
     assert all(map(torch.equal, plain.state_dict().values(), again.state_dict().values()))
