@@ -479,7 +479,7 @@ def test_weights_keep_their_memory_format_behind_a_resume(images, tmp_path, monk
     """Kernels sum in another order for another format."""
     net, x = nets.make("residual").to(memory_format=torch.channels_last), images[0].contiguous(memory_format=torch.channels_last)
     plain, states = count_saves(monkeypatch, lambda: quantize(net, images, checkpoint=tmp_path / "all"))
-    for save in (1, len(states) // 2, len(states) - 1):
+    for save in (1, len(states) - 1):
         again = kill_and_resume(monkeypatch, tmp_path / f"run{save}", save, net, images)
         check_same(again, plain, x)
         strides = [{name: value.stride() for name, value in graph.state_dict().items()} for graph in (again, plain)]
