@@ -151,6 +151,19 @@ def traced(model: nn.Module, images: Tensor) -> GraphModule:
     return graph
 
 
+@torch.no_grad()
+def check_writes(graph: GraphModule, images: Tensor) -> None:
+    """Raise ModelError where a prepared graph writes into its images ``[N, C, H, W]`` and gives other outputs for what is then in them."""
+    given = images.clone()
+    output = graph(given)
+    if not torch.equal(given, images) and not all(map(torch.equal, tensors_of(graph(given)), tensors_of(output))):
+        raise ModelError(
+            "writes into its images, so that a second pass over them gives other outputs",
+            where=type(graph).__name__,
+            fix="Begin forward with x = x.clone(), or write into a new tensor",
+        )
+
+
 def _agree(mine: Tensor, theirs: Tensor) -> bool:
     """Say whether two outputs are equal up to rounding: classes and masks may differ for one value in a thousand."""
     if mine.shape != theirs.shape or mine.dtype != theirs.dtype:

@@ -26,7 +26,7 @@ from fxquant.data import check_seed, collect, in_one_order, is_changing, rebatch
 from fxquant.errors import ConfigError
 from fxquant.execution import images_at_once
 from fxquant.graph import precision_of
-from fxquant.inspection import check_network, traced, working_device
+from fxquant.inspection import check_network, check_writes, traced, working_device
 from fxquant.learning import keeper_of, learnable, learning_passes
 from fxquant.pipeline import Pipeline
 from fxquant.placement import EDGES, check_bits, place
@@ -60,8 +60,7 @@ def quantize(
         a: bits of activations, 2 to 8, one scale and zero-point a tensor; None leaves activations float.
         cat: True chooses a cluster-based affine transformation of the logits by cross-validation, and none when none helps; ``"paper"``
             takes the published constants (arXiv 2509.26277); False leaves the logits alone.
-        recipe: ``"standard"`` (learns: 3,200 steps), ``"fast"`` (learns nothing), ``"best"``, a published method
-            (``"qdrop"``, ...) or a `Recipe`: every other constant.
+        recipe: all else: ``"standard"`` (3,200 steps), ``"fast"`` (learns nothing), ``"best"``, ``"qdrop"``, ..., or a `Recipe`.
         edges: ``"8bit"``: first and last weights and the last layer's input at 8 bits; ``"integer"``: images and what
             convolutions on shortcuts give, too, to run on integers; ``"brecq"``: the first layer's output too; ``"same"``; ``"float"``.
         overrides: bits of single layers by glob over their names, ``{"layer4.*": {"w": 4}}``.
@@ -97,7 +96,8 @@ def quantize(
         some = affordable_images(images, recipe.bias_images, recipe, teacher, device)
         reparameterize = [passes.ReparameterizeNorms(plan, some, recipe)] if "reparameterize" in recipe.stages else []
         teacher = Pipeline(reparameterize, narrator.passed, narrator.bar).run(teacher)
-        recipe = learnable(recipe, teacher, images[0].to(device))
+        check_writes(teacher, images[0].to(device))
+        recipe = learnable(recipe, teacher, images[0][:1].to(device))
         check_paper_cat(cat, teacher, images, recipe)
         observe = passes.InsertObservers(plan, recipe.matmul_scales)
         observed = observe(teacher).graph_module.to(device)

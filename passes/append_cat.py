@@ -26,8 +26,8 @@ class AppendCAT(Pass):
 
     With the blended ``g = 1 + alpha (gamma - 1)`` and ``h = alpha beta``, the fold is ``W' = g W``, ``b' = g b + h``; on a quantized
     weight, ``g`` goes into its scale, one a class. It needs ``g > 0`` and a classifier, linear or a convolution in front of a global
-    average pool, whose output nothing else reads; where that does not hold the module is appended, with the reason. A folded classifier
-    looks like any other, so a second run would fold again.
+    average pool, that is called once and whose weight and output nothing else reads; where that does not hold the module is appended, with
+    the reason. A folded classifier looks like any other, so a second run would fold again.
 
     Args:
         cat: the fitted module.

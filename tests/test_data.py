@@ -216,12 +216,11 @@ def test_seeded_leaves_unused_gpus_alone(monkeypatch):
     seeds: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(42)
-    with seeded(3):
-        torch.rand(1)
-    assert seeds[-1] == torch.initial_seed() == 42
-    torch.set_rng_state(state)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(42)
+        with seeded(3):
+            torch.rand(1)
+        assert seeds[-1] == torch.initial_seed() == 42
 
 
 class Normalizing(DataLoader):

@@ -34,6 +34,11 @@ def load_images(name, norm, limit=None):
 """
 
 
+def table_of(text: str) -> list[str]:
+    """Return the lines of the tables in `text`, heads included."""
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
 def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
     """Run an example in a process of its own, on one thread, from another folder."""
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
@@ -74,7 +79,7 @@ def test_cifar10_on_a_network_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "zoo.py").write_text(ZOO)
     done = run("02_cifar10_resnet20.py", str(tmp_path), "--settings", "W4A4", "W2A2", "--seeds", "0", "1", "--images", "32", "--markdown")
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    lines = table_of(done.stdout)
     assert lines[0] == "| network | stages | top-1 % | agreement % | KL to float |"
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["float"] + ["W4A4"] * 3 + ["W2A2"] * 3
     assert lines[-1].count("±") == 3
@@ -120,7 +125,7 @@ def test_reconstruction_on_a_network_of_ones_own(tmp_path: Path) -> None:
     ]
     done = run("06_reconstruction.py", *words)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in (tmp_path / "out" / "runs.md").read_text().splitlines() if line.startswith("|")]
+    lines = table_of((tmp_path / "out" / "runs.md").read_text())
     assert lines[0] == TABLE
     assert sorted(line.split("|")[2].strip() for line in lines[2:]) == ["fast finish_iterations=2", "finish finish_iterations=2"]
     assert all(line.split("|")[3].strip() == "2" for line in lines[2:])
@@ -136,7 +141,7 @@ def test_ablation_on_a_network_of_ones_own(tmp_path: Path) -> None:
     words = ["--ablation", "standard", "twice", "--set", "finish_iterations=2", "finish_batch=8", "--out", str(tmp_path / "out")]
     done = run("06_reconstruction.py", str(tmp_path), *words)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in (tmp_path / "out" / "ablation.md").read_text().splitlines() if line.startswith("|")]
+    lines = table_of((tmp_path / "out" / "ablation.md").read_text())
     assert lines[0] == TABLE
     names = [f"{name} finish_iterations=2 finish_batch=8" for name in ("standard", "twice the steps")]
     assert sorted(line.split("|")[2].strip() for line in lines[2:]) == names
@@ -162,7 +167,7 @@ def test_published_recipes_at_equal_time(tmp_path: Path) -> None:
     words = ["--recipes", "brecq", "fast", "--equal-time", "--set", "unit_iterations=2", "--out", str(tmp_path / "out")]
     done = run("06_reconstruction.py", str(tmp_path), *words)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in (tmp_path / "out" / "runs.md").read_text().splitlines() if line.startswith("|")]
+    lines = table_of((tmp_path / "out" / "runs.md").read_text())
     assert sorted(line.split("|")[2].strip() for line in lines[2:]) == [
         "brecq unit_iterations=2 scales_iterations=1750",
         "fast unit_iterations=2",
@@ -176,7 +181,7 @@ def test_transformers_on_a_network_of_ones_own(tmp_path: Path) -> None:
     words = [str(tmp_path), *words, "--out", str(tmp_path / "out")]
     done = run("11_transformers.py", *words)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    lines = table_of(done.stdout)
     assert lines[0] == TABLE
     assert sorted(line.split("|")[1].strip() for line in lines[2:]) == ["W3A4", "W3A4", "W4A4", "W4A4"]
     before = (tmp_path / "out" / "runs.jsonl").read_text()

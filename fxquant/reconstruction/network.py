@@ -263,8 +263,7 @@ class NetworkTraining:
         parts = [graph(part)[0] for part in images.split(self.at_once)]
         if has_classes(parts[0]):
             return torch.cat(parts)
-        numbers = lambda values: torch.stack(values).to(torch.promote_types(values[0].dtype, torch.float64)).mean(0)  # noqa: E731
-        return [torch.cat(values) if values[0].ndim else numbers(values) for values in zip(*map(tensors_of, parts), strict=True)]
+        return [_joined(values) for values in zip(*map(tensors_of, parts), strict=True)]
 
     def _checked(self, average: list[Tensor] | None, count: int) -> tuple[Tensor, list[Tensor]]:
         """Return the errors ``[N]`` of the held-out images with what would stay if training ended here, with moments of `count` images, and
@@ -331,6 +330,13 @@ class NetworkTraining:
                 value = state[f"adam.{index}.{key}"]
                 optimizer.state[parameter][key] = value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
         return int(step)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all parts, or the mean of numbers (a statistic of the batch, a parameter)."""
+    if parts[0].ndim:
+        return torch.cat(list(parts))
+    return torch.stack(list(parts)).to(torch.promote_types(parts[0].dtype, torch.float64)).mean(0)
 
 
 def with_features(gm: GraphModule, nodes: Sequence[str]) -> GraphModule:
